@@ -1,0 +1,64 @@
+"""Compose frozen language models with CALM bridges (arXiv 2401.02412).
+
+Importing this package loads no model code: names are looked up when they are first used, and
+`AutoConfig` and `AutoModelForCausalLM` learn about composed models once they are imported.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from graftlm._register import register_when_imported
+from graftlm._version import __version__
+
+if TYPE_CHECKING:
+    from graftlm.bridge import Bridge
+    from graftlm.cache import ComposedCache
+    from graftlm.composed import ComposedForCausalLM, ComposedModel
+    from graftlm.config import BridgeConfig, ComposedConfig, Connection
+    from graftlm.errors import CheckpointMismatchError, GraftlmError, UnsupportedModelError
+    from graftlm.loading import compose
+    from graftlm.verification import verify
+
+_HOME = {
+    "Bridge": "bridge",
+    "BridgeConfig": "config",
+    "CheckpointMismatchError": "errors",
+    "ComposedCache": "cache",
+    "ComposedConfig": "config",
+    "ComposedForCausalLM": "composed",
+    "ComposedModel": "composed",
+    "Connection": "config",
+    "GraftlmError": "errors",
+    "UnsupportedModelError": "errors",
+    "compose": "loading",
+    "verify": "verification",
+}
+
+__all__ = [
+    "Bridge",
+    "BridgeConfig",
+    "CheckpointMismatchError",
+    "ComposedCache",
+    "ComposedConfig",
+    "ComposedForCausalLM",
+    "ComposedModel",
+    "Connection",
+    "GraftlmError",
+    "UnsupportedModelError",
+    "__version__",
+    "compose",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'graftlm' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"graftlm.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+register_when_imported()

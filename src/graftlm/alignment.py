@@ -1,0 +1,119 @@
+"""Which augmenting positions each anchor position may read, when both models share the tokens.
+
+The paper says nothing about the mask. Its decoding (section 3.1) forces it: at step t the
+augmenting model has seen x_1..x_t only, so position t reads augmenting positions up to t.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from graftlm.bridge import distance_bias
+from graftlm.config import Position
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Alignment:
+    """What the bridges of one augmenting model need to know about positions in one forward pass.
+
+    Args:
+        query_positions: Slots of the anchor tokens of this pass.
+        new_key_positions: Slots of the augmenting tokens that were run in this pass.
+        cross_mask: See `Bridge.forward`.
+        any_visible: False where a position may read nothing; its update is dropped. None if
+            every position reads something.
+    """
+
+    query_positions: Int[Tensor, " seq"]
+    new_key_positions: Int[Tensor, " new_seq"]
+    cross_mask: Tensor | None
+    any_visible: Bool[Tensor, "#batch seq 1"] | None
+
+
+def align(
+    *,
+    past_length: int | Tensor,
+    query_length: int,
+    kept_length: int | Tensor,
+    new_length: int,
+    key_length: int,
+    readable: Bool[Tensor, "batch aug_seq"] | None,
+    segments: Int[Tensor, "batch seq"] | None,
+    position: Position,
+    num_heads: int,
+    device: torch.device,
+) -> Alignment:
+    """Let each position read the augmenting states of its own and of earlier tokens.
+
+    Args:
+        past_length, query_length: Anchor tokens before and in this pass; lengths of static
+            caches are tensors.
+        kept_length, new_length: Keys from before and of this pass.
+        key_length: Keys the attention sees; a static cache shows its empty slots too.
+        readable: False for keys that nobody may read (padding, or not part of the prompt).
+        segments: Number of the packed document each position belongs to; None if not packed.
+        position, num_heads: Of the bridges, for the distance bias.
+        device: Where the masks are made.
+    """
+    query_positions = torch.arange(query_length, device=device) + past_length
+    key_positions = torch.arange(key_length, device=device)
+    visible = (key_positions[None, :] <= query_positions[:, None])[None]  # (1, seq, aug_seq)
+    any_visible = None
+    if segments is not None:
+        visible = visible & (segments[:, :, None] == segments[:, None, :key_length])
+    if readable is not None:
+        visible = visible & readable[:, None, :]
+        any_visible = visible.any(-1, keepdim=True)
+        # A row without any key would be NaN; it reads all of them, and its update is dropped.
+        visible = visible | ~any_visible
+
+    cross_mask: Tensor | None = visible[:, None]  # (#batch, 1, seq, aug_seq)
+    if position == "distance":
+        bias = distance_bias(num_heads, query_positions, key_positions)
+        cross_mask = bias.masked_fill(~visible[:, None], torch.finfo(bias.dtype).min)
+    elif readable is None and segments is None and not isinstance(past_length, Tensor):
+        # Plain causal attention, or one query that reads all: the fast kernels need no mask.
+        if query_length == 1 or key_length == query_length:
+            cross_mask = None
+    return Alignment(
+        query_positions=query_positions,
+        new_key_positions=torch.arange(new_length, device=device) + kept_length,
+        cross_mask=cross_mask,
+        any_visible=any_visible,
+    )
+
+
+def readable_keys(
+    attention_mask: Tensor | None, prompt_mask: Tensor | None, key_length: int
+) -> Bool[Tensor, "batch aug_seq"] | None:
+    """Which keys hold tokens, and prompt tokens if asked; None if all of them.
+
+    Args:
+        attention_mask: (batch, at least `key_length`), 1 for tokens and 0 for padding, or None.
+        prompt_mask: (batch, any length), 1 for tokens of the prompt, or None to read all.
+        key_length: Number of keys.
+    """
+    readable = None if attention_mask is None else attention_mask[:, :key_length].bool()
+    if prompt_mask is not None:
+        missing = max(key_length - prompt_mask.shape[1], 0)
+        prompt = F.pad(prompt_mask.bool(), (0, missing))[:, :key_length]
+        readable = prompt if readable is None else readable & prompt.to(readable.device)
+    if readable is None or torch.compiler.is_compiling():
+        return readable
+    return None if bool(readable.all()) else readable
+
+
+def packed_segments(position_ids: Int[Tensor, "#batch seq"]) -> Int[Tensor, "batch seq"] | None:
+    """Number of the packed document of each position, or None if there is only one a row.
+
+    A document begins wherever the positions do not go on by one (transformers' convention
+    when there is no attention mask).
+    """
+    first = position_ids[:, :1] - 1
+    segments = (torch.diff(position_ids, prepend=first, dim=-1) != 1).cumsum(-1)
+    if not torch.compiler.is_compiling() and not bool(segments.any()):
+        return None
+    return segments

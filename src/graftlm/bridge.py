@@ -1,0 +1,185 @@
+"""The bridge: all that CALM trains. Knows tensors, not models.
+
+One bridge joins layer i of an augmenting model to layer j of the anchor (CALM, section 3.1):
+
+    K = f_proj(H_Ai) W^K    V = f_proj(H_Ai) W^V    Q = H_Bj W^Q
+    f_cross = Concat_k(softmax(Q_k K_k^T / sqrt(d)) V_k) W^O
+    H_{A+B,j} = H_Bj + f_cross(f_proj(H_Ai), H_Bj)          the input of anchor layer j + 1
+
+Where the paper is silent, `BridgeConfig` says what we do and `docs/paper.md` says why.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from graftlm.config import BridgeConfig
+
+
+class Bridge(GradientCheckpointingLayer):
+    """Projection and cross-attention of one connection.
+
+    A fresh bridge returns its input bit for bit: W^O (or the gate) starts at zero. That start
+    is ours; the paper names none.
+
+    Args:
+        anchor_size: D_B, width of the anchor's hidden states.
+        augmenting_size: D_A, width of the augmenting model's hidden states.
+        config: A resolved `BridgeConfig`.
+        index: Place of this bridge among the bridges of its composition; its cache layer.
+    """
+
+    def __init__(self, anchor_size: int, augmenting_size: int, config: BridgeConfig, index: int):
+        super().__init__()
+        config = config.resolve(anchor_size, anchor_heads=1)
+        assert config.num_heads is not None
+        assert config.width is not None
+        self.index = index
+        self.num_heads = config.num_heads
+        self.head_dim = config.width // config.num_heads
+        self.position = config.position
+        self.query_norm = InputNorm(anchor_size) if config.norm else nn.Identity()
+        self.read_norm = InputNorm(augmenting_size) if config.norm else nn.Identity()
+        # The names differ from q_proj, k_proj, ... so that PEFT's usual targets miss them.
+        self.proj = nn.Linear(augmenting_size, anchor_size, bias=config.bias)
+        self.cross_q = nn.Linear(anchor_size, config.width, bias=config.bias)
+        self.cross_k = nn.Linear(anchor_size, config.width, bias=config.bias)
+        self.cross_v = nn.Linear(anchor_size, config.width, bias=config.bias)
+        self.cross_o = nn.Linear(config.width, anchor_size, bias=config.bias)
+        self.gate = nn.Parameter(torch.zeros(())) if config.gate else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw fresh weights: every map keeps unit variance, and the update starts at zero."""
+        for linear in (self.proj, self.cross_q, self.cross_k, self.cross_v, self.cross_o):
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+        if self.gate is None:
+            nn.init.zeros_(self.cross_o.weight)  # with a gate, zero here too would never train
+        else:
+            nn.init.zeros_(self.gate)
+
+    def forward(
+        self,
+        hidden_states: Float[Tensor, "batch seq d_anchor"],
+        augmenting_states: Float[Tensor, "batch new_seq d_aug"] | None,
+        cross_mask: Bool[Tensor, "#batch 1 seq aug_seq"]
+        | Float[Tensor, "#batch heads seq aug_seq"]
+        | None = None,
+        query_positions: Int[Tensor, " seq"] | None = None,
+        key_positions: Int[Tensor, " new_seq"] | None = None,
+        past_key_values: Cache | None = None,
+    ) -> Float[Tensor, "batch seq d_anchor"]:
+        """The update f_cross: what the anchor's hidden states read from one augmenting layer.
+
+        The caller adds it to `hidden_states`; several bridges at one layer add up.
+
+        Args:
+            hidden_states: H_Bj.
+            augmenting_states: H_Ai of the tokens that are not in the cache yet; None reads only
+                what the cache holds.
+            cross_mask: True where a position may read, or a float tensor that is added to the
+                attention scores. None is plain causal attention if all keys are new, and reads
+                every key otherwise.
+            query_positions, key_positions: Positions in tokens, used by "rotary".
+            past_key_values: The cache of all bridges; this bridge owns layer `index`.
+        """
+        dtype = self.cross_q.weight.dtype
+        query = self.heads(self.cross_q(self.query_norm(hidden_states).to(dtype)))
+        if augmenting_states is None:
+            assert past_key_values is not None
+            cached = past_key_values.layers[self.index]
+            keys, values = cached.keys, cached.values
+        else:
+            keys, values = self.read(augmenting_states.to(hidden_states.device), key_positions)
+            if past_key_values is not None:
+                keys, values = past_key_values.update(keys, values, self.index)
+        if self.position == "rotary":
+            query = rotate(query, query_positions)
+        # Without a mask a single query reads all keys; several queries are a first, causal pass.
+        is_causal = cross_mask is None and query.shape[2] > 1
+        if cross_mask is not None and cross_mask.is_floating_point():
+            cross_mask = cross_mask.to(query.dtype)
+        read = F.scaled_dot_product_attention(
+            query, keys, values, attn_mask=cross_mask, is_causal=is_causal
+        )
+        update = self.cross_o(read.transpose(1, 2).flatten(2))  # (batch, seq, d_anchor)
+        if self.gate is not None:
+            update = update * self.gate.tanh()
+        return update.to(hidden_states.dtype)
+
+    def read(
+        self,
+        augmenting_states: Float[Tensor, "batch new_seq d_aug"],
+        key_positions: Int[Tensor, " new_seq"] | None = None,
+    ) -> tuple[
+        Float[Tensor, "batch heads new_seq head_dim"], Float[Tensor, "batch heads new_seq head_dim"]
+    ]:
+        """Keys and values of the augmenting states: f_proj, then W^K and W^V."""
+        projected = self.proj(self.read_norm(augmenting_states).to(self.proj.weight.dtype))
+        keys, values = self.heads(self.cross_k(projected)), self.heads(self.cross_v(projected))
+        return (rotate(keys, key_positions) if self.position == "rotary" else keys), values
+
+    def heads(
+        self, x: Float[Tensor, "batch seq width"]
+    ) -> Float[Tensor, "batch heads seq head_dim"]:
+        """Split the last axis into heads."""
+        return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+
+
+class InputNorm(nn.Module):
+    """RMSNorm that leaves its input's range: computed in float32 at least.
+
+    Hidden states of real models exceed what float16 can hold (Gemma: 104,000), so they are
+    normalised before they are cast to the bridge's dtype.
+    """
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Float[Tensor, "batch seq size"]) -> Float[Tensor, "batch seq size"]:
+        """Normalise the last axis to unit root mean square, then scale it by the weight."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), eps=1e-6)
+
+
+def distance_slopes(num_heads: int) -> list[float]:
+    """Slope of the distance bias per head, in units of the attention score per token.
+
+    The first quarter of the heads is free of it; the others fall from 1 to 1/128.
+    """
+    free = num_heads // 4
+    biased = num_heads - free
+    return [0.0] * free + [2.0 ** (-7 * k / max(biased - 1, 1)) for k in range(biased)]
+
+
+def distance_bias(
+    num_heads: int,
+    query_positions: Int[Tensor, " seq"],
+    key_positions: Int[Tensor, " aug_seq"],
+) -> Float[Tensor, "1 heads seq aug_seq"]:
+    """What "distance" adds to the scores: minus slope times how far back a key lies."""
+    distance = query_positions[:, None] - key_positions[None, :]
+    slopes = torch.tensor(distance_slopes(num_heads), device=distance.device)
+    return (-slopes[:, None, None] * distance)[None]
+
+
+def rotate(
+    x: Float[Tensor, "batch heads seq head_dim"], positions: Int[Tensor, " seq"] | None
+) -> Float[Tensor, "batch heads seq head_dim"]:
+    """Turn pairs of channels by angles that grow with the position (rotary embedding)."""
+    assert positions is not None
+    half = x.shape[-1] // 2
+    rates = torch.arange(half, device=x.device, dtype=torch.float32) / half
+    angles = positions.to(torch.float32)[:, None] * torch.exp(-math.log(10_000.0) * rates)
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    first, second = x[..., :half], x[..., half:]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -1,0 +1,284 @@
+"""All that graftlm knows about Hugging Face models: where their layers are and how to call them.
+
+No table per family: every decoder has exactly one list of `num_hidden_layers` layers, and the
+signature of its `forward` says what it takes.
+"""
+
+import copy
+import functools
+import inspect
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import create_masks_for_generate
+
+from graftlm.errors import UnsupportedModelError
+
+# Families whose layers or caches do not have the shape the method needs.
+UNSUPPORTED = {
+    "gemma3n": "its layers hand on four parallel streams (AltUp) instead of one residual stream",
+    "deepseek_v4": "its layers hand on several parallel streams instead of one residual stream",
+    "minimax": "it keeps its own kind of cache",
+    "rwkv": "its state is not a cache that transformers' generate can hold",
+    "openai-gpt": "it has no KV cache",
+}
+
+
+def check_decoder(model: PreTrainedModel, role: str) -> None:
+    """Refuse, in one sentence, what cannot be composed.
+
+    Args:
+        model: The model.
+        role: How the message names it, such as "the anchor".
+
+    Raises:
+        UnsupportedModelError: If it is not a text decoder with one stack of layers.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"{role} is a {type(model).__name__}, but must be a transformers PreTrainedModel, a "
+            "path or a hub id"
+        )
+    kind, name = model.config.model_type, type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModelError(
+            f"{role} is {name}, an encoder-decoder, but graftlm composes decoder-only models"
+        )
+    if kind in UNSUPPORTED or kind.removesuffix("_text") in UNSUPPORTED:
+        why = UNSUPPORTED.get(kind) or UNSUPPORTED[kind.removesuffix("_text")]
+        raise UnsupportedModelError(f"{role} is {name}, which graftlm cannot compose: {why}")
+    if model.config.get_text_config() is not model.config and kind != "graftlm":
+        raise UnsupportedModelError(
+            f"{role} is {name}, a model of several modalities, but graftlm composes text "
+            "decoders; load its text model alone"
+        )
+    if getattr(model.config, "is_decoder", True) is False and "is_causal" not in dir(model):
+        # BERT-like encoders say so themselves; decoders leave is_decoder unset or unused.
+        causal = AutoModelForCausalLM._model_mapping.get(type(model.config), None)
+        if causal is None:
+            raise UnsupportedModelError(
+                f"{role} is {name}, which is not a causal language model"
+            )
+    layer_list(model, role)
+
+
+def trunk(model: PreTrainedModel) -> PreTrainedModel:
+    """The headless decoder inside a causal language model; itself if it is headless."""
+    if model.config.model_type == "graftlm":
+        return trunk(model.anchor)
+    return model.get_decoder()
+
+
+def layer_list(model: PreTrainedModel, role: str = "the model") -> nn.ModuleList:
+    """The decoder layers, in order.
+
+    Raises:
+        UnsupportedModelError: If there is not exactly one such list.
+    """
+    return getattr(trunk(model), layer_list_name(model, role))
+
+
+def layer_list_name(model: PreTrainedModel, role: str = "the model") -> str:
+    """The name of the list of decoder layers in the trunk (`layers`, `h`, `blocks`, ...)."""
+    decoder = trunk(model)
+    lists = [
+        name
+        for name, child in decoder.named_children()
+        if isinstance(child, nn.ModuleList) and len(child) == num_layers(model)
+    ]
+    if len(lists) != 1:
+        raise UnsupportedModelError(
+            f"{role} is {type(model).__name__}, in which graftlm found {len(lists)} lists of "
+            f"{num_layers(model)} decoder layers instead of one"
+        )
+    return lists[0]
+
+
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration that describes the decoder."""
+    return config.get_text_config(decoder=True)
+
+
+def num_layers(model: PreTrainedModel) -> int:
+    """How many layers the decoder has."""
+    return text_config(model.config).num_hidden_layers
+
+
+def hidden_size(model: PreTrainedModel) -> int:
+    """Width of the residual stream."""
+    return text_config(model.config).hidden_size
+
+
+def num_heads(config: PreTrainedConfig) -> int:
+    """Attention heads of a decoder; for one without attention, heads of width 64 or so."""
+    config = text_config(config)
+    heads = getattr(config, "num_attention_heads", None)
+    if isinstance(heads, int) and heads > 0:
+        return heads
+    return next(n for n in range(max(config.hidden_size // 64, 1), 0, -1) if config.hidden_size % n == 0)
+
+
+def shorten(model: PreTrainedModel, length: int) -> PreTrainedModel:
+    """A view of the trunk that ends after `length` layers; the model itself is not changed.
+
+    The layers are the model's own modules; only the object that runs through them is new.
+    Hybrid models keep at least their first attention layer, which their caches count by.
+    """
+    decoder, name = trunk(model), layer_list_name(model)
+    layers, config = getattr(decoder, name), text_config(decoder.config)
+    kinds = getattr(config, "layer_types", None)
+    if kinds and any("attention" in kind and "linear" not in kind for kind in kinds):
+        first = next(
+            index for index, kind in enumerate(kinds) if "attention" in kind and "linear" not in kind
+        )
+        length = max(length, first + 1)
+    # accelerate's hooks bind `forward` to the original module, so a view would not be run.
+    if length >= len(layers) or "forward" in vars(decoder):
+        return decoder
+    view = copy.copy(decoder)
+    view._modules = dict(decoder._modules)
+    setattr(view, name, nn.ModuleList(layers[:length]))
+    view.config = copy.deepcopy(decoder.config)
+    view.config.num_hidden_layers = length
+    for per_layer in ("layer_types", "mlp_layer_types", "layers_block_type"):
+        values = vars(view.config).get(per_layer)
+        if values is not None:
+            setattr(view.config, per_layer, values[:length])
+    return view
+
+
+@functools.cache
+def parameters_of(forward: Any) -> frozenset[str]:
+    """Names of the arguments a `forward` declares."""
+    return frozenset(inspect.signature(forward).parameters)
+
+
+@functools.cache
+def has_any_option(forward: Any) -> bool:
+    """Whether a `forward` takes options it does not declare."""
+    kinds = {p.kind for p in inspect.signature(forward).parameters.values()}
+    return inspect.Parameter.VAR_KEYWORD in kinds
+
+
+def takes_any_option(model: PreTrainedModel) -> bool:
+    """Whether this model's `forward` passes undeclared options on, such as those of the loss."""
+    return has_any_option(type(model).forward)
+
+
+# Undeclared, these would travel on through **kwargs and break a model that has no use for them.
+ONLY_IF_DECLARED = {"attention_mask", "position_ids", "logits_to_keep", "labels", "use_cache"}
+
+
+def declared_options(model: PreTrainedModel, options: dict[str, Any]) -> dict[str, Any]:
+    """The options this model's `forward` can take, without those that are None."""
+    declared = parameters_of(type(model).forward)
+    anything = takes_any_option(model)
+    return {
+        name: value
+        for name, value in options.items()
+        if value is not None
+        and (name in declared or (anything and name not in ONLY_IF_DECLARED))
+    }
+
+
+def call_arguments(
+    model: PreTrainedModel,
+    *,
+    attention_mask: Tensor | dict[str, Tensor] | None,
+    query_length: int,
+    cache: Any,
+    **options: Any,
+) -> dict[str, Any]:
+    """The arguments of one call, spelled as this model's `forward` declares them.
+
+    Args:
+        attention_mask: (batch, past + seq), or masks made by `generation_masks`.
+        query_length: Tokens of this call.
+        cache: This model's own cache, or None.
+        options: Passed on if this model takes them.
+    """
+    arguments = declared_options(model, options)
+    is_recurrent = is_recurrent_call(model)
+    if is_recurrent and isinstance(attention_mask, Tensor):
+        # State-space models mask the new tokens only; a full mask would broadcast silently.
+        attention_mask = attention_mask[:, -query_length:] if query_length > 1 else None
+    arguments["attention_mask"] = attention_mask
+    arguments["cache_params" if is_recurrent else "past_key_values"] = cache
+    # Always explicit: some families do not declare it, and cache by default.
+    arguments["use_cache"] = cache is not None
+    return arguments
+
+
+def is_recurrent_call(model: PreTrainedModel) -> bool:
+    """Whether this is a state-space model, which calls its cache `cache_params`."""
+    return "cache_params" in parameters_of(type(model).forward)
+
+
+def check_checkpointing(model: PreTrainedModel) -> None:
+    """Refuse gradient checkpointing where it would turn dropout on in a frozen layer.
+
+    Raises:
+        ValueError: Naming the setting.
+    """
+    for layer in layer_list(model):
+        for name, value in vars(layer).items():
+            if "dropout" in name and isinstance(value, float) and value > 0:
+                raise ValueError(
+                    f"gradient checkpointing would turn on {name}={value} in the frozen layers of "
+                    f"{type(model).__name__}; load it with {name}=0.0"
+                )
+
+
+def generation_masks(model: PreTrainedModel, **arguments: Any) -> dict[str, Tensor | None]:
+    """The 4-D masks of a compiled decoding step, flat; "" holds a model's only mask.
+
+    Bloom and others bring their own maker on the causal language model's class, so that class
+    is looked up for headless models too.
+    """
+    owner = model
+    if not hasattr(owner, "create_masks_for_generate"):
+        owner = AutoModelForCausalLM._model_mapping.get(type(model.config), None)
+    make = getattr(owner, "create_masks_for_generate", create_masks_for_generate)
+    masks = make(config=text_config(model.config), **arguments)
+    if is_recurrent_call(model):
+        return {"": None}
+    return masks if isinstance(masks, dict) else {"": masks}
+
+
+def hidden_states_of(output: Any, layer_owner: str) -> Tensor:
+    """The residual stream in what a decoder layer returned.
+
+    Raises:
+        UnsupportedModelError: If it is not one stream of shape (batch, seq, width).
+    """
+    hidden_states = output[0] if isinstance(output, (tuple, list)) else output
+    if not isinstance(hidden_states, Tensor) or hidden_states.dim() != 3:
+        shape = tuple(getattr(hidden_states, "shape", ()))
+        raise UnsupportedModelError(
+            f"a layer of {layer_owner} returned hidden states of shape {shape}, but graftlm "
+            "needs one residual stream of shape (batch, sequence, width)"
+        )
+    return hidden_states
+
+
+def with_hidden_states(output: Any, hidden_states: Tensor) -> Any:
+    """What the layer returned, with its residual stream replaced."""
+    if isinstance(output, (tuple, list)):
+        return type(output)((hidden_states, *output[1:]))
+    return hidden_states
+
+
+def trainable_adapters(model: PreTrainedModel) -> list[nn.Module]:
+    """PEFT's adapter layers inside a model; their dropout follows the training mode."""
+    peft = sys.modules.get("peft.tuners.tuners_utils")
+    if peft is None:
+        return []
+    return [module for module in model.modules() if isinstance(module, peft.BaseTunerLayer)]
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a layer computes: the device of its first parameter."""
+    return next(module.parameters()).device

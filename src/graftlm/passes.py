@@ -1,0 +1,153 @@
+"""One forward pass in flight, and the hooks through which it reads and writes hidden states.
+
+Hooks stay registered on the layers, because `torch.compile` cannot trace their registration, but
+they act only while a pass of their own composed model runs in their own thread. Called on its
+own, the anchor is untouched. A hook knows a key and a layer number; the pass knows the model, so
+copies and replicas of a composed model use their own bridges.
+"""
+
+import functools
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from graftlm.decoder import hidden_states_of, with_hidden_states
+
+
+T = TypeVar("T")
+
+
+class Bridged(Protocol):
+    """What a pass asks of the composed model it runs."""
+
+    def apply_bridges(self, forward_pass: "ForwardPass", layer: int, hidden_states: Tensor) -> Tensor:
+        """The hidden states after the bridges of one anchor layer."""
+        ...
+
+
+@dataclass(eq=False, slots=True)
+class ForwardPass:
+    """What lives from the begin to the end of one forward pass, and no longer.
+
+    Args:
+        key: Of the composed model; hooks of other models stay silent.
+        model: Whose bridges apply.
+        running: Name of the augmenting model that runs now, or "anchor".
+        states: Captured hidden states, by augmenting model and layer.
+        plan: What the bridges of each augmenting model need; filled in by the model.
+        cache: The composed cache, or None.
+        bridged: How many anchor layers have been bridged.
+    """
+
+    key: str
+    model: Bridged
+    cache: Any
+    running: str = ""
+    states: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    plan: dict[str, Any] = field(default_factory=dict)
+    bridged: int = 0
+
+    def __enter__(self) -> "ForwardPass":
+        passes.set((*passes.get(), self))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        passes.set(passes.get()[:-1])
+
+
+class Scoped(Generic[T]):
+    """A value each thread has for itself, readable from code that `torch.compile` traces.
+
+    Dynamo cannot trace a ContextVar. A layer that is compiled on its own reads what eager code
+    around it wrote, so eager code writes both places.
+    """
+
+    def __init__(self, default: T):
+        self.per_thread: ContextVar[T] = ContextVar("graftlm", default=default)
+        self.traced = default
+
+    def get(self) -> T:
+        """The value here and now."""
+        if torch.compiler.is_dynamo_compiling():
+            return self.traced
+        return self.per_thread.get()
+
+    def set(self, value: T) -> None:
+        """Replace it for this thread."""
+        if not torch.compiler.is_dynamo_compiling():
+            self.per_thread.set(value)
+        self.traced = value
+
+
+passes: Scoped[tuple[ForwardPass, ...]] = Scoped(())  # in flight, innermost last
+
+
+def find_pass(key: str, running: str) -> ForwardPass | None:
+    """The innermost pass, if it is of this composed model and runs this part of it."""
+    in_flight = passes.get()
+    if in_flight and in_flight[-1].key == key and in_flight[-1].running == running:
+        return in_flight[-1]
+    return None
+
+
+def write_hook(module: nn.Module, args: Any, output: Any, *, key: str, layer: int) -> Any:
+    """After an anchor layer: add what the bridges read."""
+    forward_pass = find_pass(key, "anchor")
+    if forward_pass is None:
+        return None
+    forward_pass.bridged += 1
+    hidden_states = hidden_states_of(output, type(module).__name__)
+    hidden_states = forward_pass.model.apply_bridges(forward_pass, layer, hidden_states)
+    return with_hidden_states(output, hidden_states)
+
+
+def read_hook(
+    module: nn.Module, args: Any, output: Any, *, key: str, layer: int, name: str
+) -> None:
+    """After an augmenting layer: keep its hidden states for the bridges."""
+    forward_pass = find_pass(key, name)
+    if forward_pass is not None:
+        forward_pass.states[name, layer] = hidden_states_of(output, type(module).__name__)
+
+
+class Hooks:
+    """The registered hooks of one composed model, each on the layer that is run now.
+
+    Wrappers such as activation checkpointing or a per-layer `torch.compile` replace entries of
+    the list of layers; a hook left below them would run again in the backward pass.
+    """
+
+    def __init__(self, key: str):
+        self.key = key
+        self.handles: dict[tuple[str, int], RemovableHandle] = {}
+        self.modules: dict[tuple[str, int], nn.Module] = {}
+
+    def attach(self, name: str, layers: nn.ModuleList, indices: list[int]) -> None:
+        """Make sure that the given layers of one model carry their hooks."""
+        for index in indices:
+            layer, place = layers[index], (name, index)
+            if self.modules.get(place) is layer:
+                continue
+            if place in self.handles:
+                self.handles[place].remove()
+            # Prepended, so that recorded hidden states are those after the bridges.
+            self.handles[place] = layer.register_forward_hook(self.hook(name, index), prepend=True)
+            self.modules[place] = layer
+
+    def hook(self, name: str, index: int) -> Callable[..., Any]:
+        """The hook of one layer; it can be copied and pickled with the layer."""
+        if name == "anchor":
+            return functools.partial(write_hook, key=self.key, layer=index)
+        return functools.partial(read_hook, key=self.key, layer=index, name=name)
+
+    def remove(self) -> None:
+        """Take all hooks off."""
+        for handle in self.handles.values():
+            handle.remove()
+        self.handles.clear()
+        self.modules.clear()
