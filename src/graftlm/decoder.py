@@ -22,6 +22,7 @@ UNSUPPORTED = {
     "gemma3n": "its layers hand on four parallel streams (AltUp) instead of one residual stream",
     "deepseek_v4": "its layers hand on several parallel streams instead of one residual stream",
     "minimax": "it keeps its own kind of cache",
+    "xlstm": "it keeps its own kind of cache",
     "rwkv": "its state is not a cache that transformers' generate can hold",
     "openai-gpt": "it has no KV cache",
 }
@@ -69,7 +70,12 @@ def trunk(model: PreTrainedModel) -> PreTrainedModel:
     """The headless decoder inside a causal language model; itself if it is headless."""
     if model.config.model_type == "graftlm":
         return trunk(model.anchor)
-    return model.get_decoder()
+    decoder = model.get_decoder()
+    if isinstance(decoder, PreTrainedModel) and decoder is not model:
+        return decoder
+    # Llama 4 and ModernBERT's decoder have names by which transformers misses the trunk.
+    inner = [child for child in model.children() if isinstance(child, PreTrainedModel)]
+    return inner[0] if len(inner) == 1 else decoder
 
 
 def layer_list(model: PreTrainedModel, role: str = "the model") -> nn.ModuleList:
@@ -269,6 +275,11 @@ def with_hidden_states(output: Any, hidden_states: Tensor) -> Any:
     if isinstance(output, (tuple, list)):
         return type(output)((hidden_states, *output[1:]))
     return hidden_states
+
+
+def is_quantized(model: PreTrainedModel) -> bool:
+    """Whether a model holds packed weights."""
+    return getattr(model, "hf_quantizer", None) is not None
 
 
 def trainable_adapters(model: PreTrainedModel) -> list[nn.Module]:

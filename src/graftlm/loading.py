@@ -1,13 +1,13 @@
 """From models, paths or hub ids to a composed model."""
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from graftlm import decoder
+from graftlm.bases import Base, load_base, reference
 from graftlm.composed import ComposedForCausalLM
 from graftlm.config import (
     BridgeConfig,
@@ -18,9 +18,6 @@ from graftlm.config import (
     spaced_connections,
 )
 from graftlm.tokenization import behaviour, find_tokenizer
-
-Base = PreTrainedModel | str | os.PathLike[str]
-
 
 def compose(
     anchor: Base,
@@ -113,26 +110,6 @@ def compose(
     model = ComposedForCausalLM(config, anchor_model, models)
     model.bridges.to(bridge_dtype)
     return model
-
-
-def load_base(base: Base, role: str, **options: Any) -> PreTrainedModel:
-    """A loaded model, checked to be a decoder we can compose.
-
-    Raises:
-        UnsupportedModelError: If it is not one.
-        ValueError: If `base` is neither a model, nor a path, nor a hub id.
-    """
-    if isinstance(base, (str, os.PathLike)):
-        given = {name: value for name, value in options.items() if value is not None}
-        base = AutoModelForCausalLM.from_pretrained(base, **given)
-    decoder.check_decoder(base, role)
-    return base
-
-
-def reference(model: PreTrainedModel) -> str | None:
-    """Where a model came from: its hub id, or the absolute path of its folder."""
-    name = model.config.name_or_path
-    return os.path.abspath(name) if name and os.path.isdir(name) else name or None
 
 
 def check_tokenizers(anchor: PreTrainedModel, augmenting: Mapping[str, PreTrainedModel]) -> None:

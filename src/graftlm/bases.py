@@ -1,0 +1,175 @@
+"""The frozen models a composition rests on: load them, know them again, refuse others."""
+
+import hashlib
+import os
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from graftlm import decoder
+from graftlm.errors import CheckpointMismatchError
+from graftlm.tokenization import find_tokenizer, tokenizer_fingerprint
+
+Base = PreTrainedModel | str | os.PathLike[str]
+
+# What loading, saving or running changes without changing what the model computes.
+VOLATILE = {
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "output_attentions",
+    "output_hidden_states",
+    "quantization_config",
+    "return_dict",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
+
+
+def load_base(base: Base, role: str, **options: Any) -> PreTrainedModel:
+    """A loaded model, checked to be a decoder we can compose.
+
+    Args:
+        base: A loaded model, a path or a hub id.
+        role: How a message names it, such as "the anchor".
+        options: For `from_pretrained`; those that are None are left out.
+
+    Raises:
+        UnsupportedModelError: If it is not such a decoder.
+        ValueError: If `base` looks like a path but nothing is there.
+    """
+    if isinstance(base, (str, os.PathLike)):
+        path = os.fspath(base)
+        if (os.path.isabs(path) or path.startswith(".")) and not os.path.isdir(path):
+            raise ValueError(f"{role} is {path!r}, but there is no such folder")
+        given = {name: value for name, value in options.items() if value is not None}
+        base = AutoModelForCausalLM.from_pretrained(path, **given)
+    decoder.check_decoder(base, role)
+    return base
+
+
+def reference(model: PreTrainedModel) -> str | None:
+    """Where a model came from: its hub id, or the absolute path of its folder."""
+    name = model.config.name_or_path
+    return os.path.abspath(name) if name and os.path.isdir(name) else name or None
+
+
+def fingerprint(model: PreTrainedModel, *, with_head: bool) -> dict[str, str | None]:
+    """What tells a base model from any other: hashes over its weights and its tokenizer.
+
+    Args:
+        model: The base model.
+        with_head: Whether its head matters, as the anchor's does.
+
+    Returns:
+        `dtype`; `weights`, over the bytes as they are; `weights_bfloat16`, over the weights
+        rounded to bfloat16, so that a model can be known again in another precision;
+        `tokenizer`, None if there is none beside the model.
+    """
+    tokenizer = find_tokenizer(model.config.name_or_path)
+    if decoder.is_quantized(model):
+        exact = rounded = None
+    else:
+        exact = weights_hash(model, with_head=with_head)
+        rounded = weights_hash(model, with_head=with_head, dtype=torch.bfloat16)
+    return {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "weights": exact,
+        "weights_bfloat16": rounded,
+        "tokenizer": tokenizer_fingerprint(tokenizer) if tokenizer else None,
+    }
+
+
+def weights_hash(
+    model: PreTrainedModel, *, with_head: bool, dtype: torch.dtype | None = None
+) -> str:
+    """SHA-256 over the names, shapes and bytes of a model's weights.
+
+    Args:
+        model: The base model.
+        with_head: Whether to include the head.
+        dtype: Hash the weights rounded to this type.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in weights_of(model, with_head=with_head):
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        if dtype is not None and tensor.is_floating_point():
+            tensor = tensor.to(dtype)
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def weights_of(model: PreTrainedModel, *, with_head: bool) -> Iterator[tuple[str, Tensor]]:
+    """The weights a composition uses, sorted by name; the same for a model without its head."""
+    yield from sorted(decoder.trunk(model).state_dict().items())
+    head = model.get_output_embeddings() if with_head else None
+    if head is not None:
+        yield from sorted((f"head.{name}", value) for name, value in head.state_dict().items())
+
+
+def config_difference(here: PreTrainedConfig, there: PreTrainedConfig) -> str | None:
+    """The first setting in which two configurations would compute different things, or None."""
+    ours, theirs = here.to_dict(), there.to_dict()
+    names = sorted((set(ours) | set(theirs)) - VOLATILE)
+    return next((name for name in names if ours.get(name) != theirs.get(name)), None)
+
+
+def check_base(
+    model: PreTrainedModel,
+    role: str,
+    config: PreTrainedConfig,
+    known: dict[str, str | None] | None,
+    *,
+    with_head: bool,
+) -> None:
+    """Refuse a base model that is not the one a checkpoint was made for.
+
+    Args:
+        model: The base model.
+        role: How the message names it.
+        config: Its configuration in the checkpoint.
+        known: Its `fingerprint` in the checkpoint, or None.
+        with_head: Whether its head matters.
+
+    Raises:
+        CheckpointMismatchError: Saying whether the configuration, the weights or the tokenizer
+            differs.
+    """
+    different = config_difference(model.config, config)
+    if different:
+        here, there = model.config.to_dict(), config.to_dict()
+        raise CheckpointMismatchError(
+            f"{role} is not the model this checkpoint was made for: its configuration has "
+            f"{different}={here.get(different)!r}, the checkpoint says {there.get(different)!r}"
+        )
+    known = known or {}
+    tokenizer = find_tokenizer(model.config.name_or_path)
+    if tokenizer and known.get("tokenizer") not in (None, tokenizer_fingerprint(tokenizer)):
+        raise CheckpointMismatchError(
+            f"{role} is not the model this checkpoint was made for: its tokenizer at "
+            f"{model.config.name_or_path!r} differs"
+        )
+    if known.get("weights") is None:
+        return
+    if decoder.is_quantized(model):
+        warnings.warn(
+            f"{role} is quantized, but this checkpoint was made for {known['dtype']} weights; "
+            "they cannot be compared, and results will differ a little",
+            stacklevel=3,
+        )
+        return
+    same_dtype = str(model.dtype).removeprefix("torch.") == known["dtype"]
+    kind = "weights" if same_dtype else "weights_bfloat16"
+    rounding = None if same_dtype else torch.bfloat16
+    found = weights_hash(model, with_head=with_head, dtype=rounding)
+    if found != known[kind]:
+        raise CheckpointMismatchError(
+            f"{role} is not the model this checkpoint was made for: its weights differ "
+            f"(SHA-256 {found[:12]}..., the checkpoint says {str(known[kind])[:12]}...)"
+        )
