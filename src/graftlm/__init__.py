@@ -13,7 +13,8 @@ from graftlm._version import __version__
 if TYPE_CHECKING:
     from graftlm.bridge import Bridge
     from graftlm.cache import ComposedCache
-    from graftlm.composed import ComposedForCausalLM, ComposedModel
+    from graftlm.causal_lm import ComposedForCausalLM
+    from graftlm.composed import ComposedModel
     from graftlm.config import BridgeConfig, ComposedConfig, Connection
     from graftlm.errors import CheckpointMismatchError, GraftlmError, UnsupportedModelError
     from graftlm.loading import compose
@@ -25,7 +26,7 @@ _HOME = {
     "CheckpointMismatchError": "errors",
     "ComposedCache": "cache",
     "ComposedConfig": "config",
-    "ComposedForCausalLM": "composed",
+    "ComposedForCausalLM": "causal_lm",
     "ComposedModel": "composed",
     "Connection": "config",
     "GraftlmError": "errors",

@@ -76,8 +76,7 @@ def align(
         cross_mask = bias.masked_fill(~visible[:, None], torch.finfo(bias.dtype).min)
     elif readable is None and segments is None and not isinstance(past_length, Tensor):
         # Plain causal attention, or one query that reads all: the fast kernels need no mask.
-        if query_length == 1 or key_length == query_length:
-            cross_mask = None
+        cross_mask = None if query_length == 1 or key_length == query_length else cross_mask
     return Alignment(
         query_positions=query_positions,
         new_key_positions=torch.arange(new_length, device=device) + kept_length,

@@ -101,7 +101,7 @@ def weights_hash(
         if dtype is not None and tensor.is_floating_point():
             tensor = tensor.to(dtype)
         flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy())
+        digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

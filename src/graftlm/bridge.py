@@ -10,6 +10,7 @@ Where the paper is silent, `BridgeConfig` says what we do and `docs/paper.md` sa
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -95,7 +96,7 @@ class Bridge(GradientCheckpointingLayer):
         query = self.heads(self.cross_q(self.query_norm(hidden_states).to(dtype)))
         if augmenting_states is None:
             assert past_key_values is not None
-            cached = past_key_values.layers[self.index]
+            cached: Any = past_key_values.layers[self.index]
             keys, values = cached.keys, cached.values
         else:
             keys, values = self.read(augmenting_states.to(hidden_states.device), key_positions)

@@ -8,8 +8,14 @@ and values a bridge makes of it: caching them is exact.
 from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, StaticCache
-from transformers.cache_utils import StaticLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    StaticCache,
+    StaticLayer,
+)
 from transformers.configuration_utils import PreTrainedConfig
 
 
@@ -49,7 +55,8 @@ class ComposedCache(Cache):
             num_bridges: Number of connections.
             max_cache_len: Tokens a static cache holds; None makes dynamic ones.
         """
-        layers: list[CacheLayerMixin]
+        caches: dict[str, Cache]
+        layers: list[Any]
         if max_cache_len is None:
             caches = {name: DynamicCache(config=c) for name, c in augmenting_configs.items()}
             layers = [DynamicLayer() for _ in range(num_bridges)]
@@ -62,7 +69,7 @@ class ComposedCache(Cache):
         return cls(anchor, caches, Cache(layers=layers))
 
     @property
-    def layers(self) -> list[Any]:
+    def layers(self) -> list[Any]:  # pyrefly: ignore[bad-override]
         """The layers of all parts; a property, because a dynamic cache may still grow."""
         parts = [self.anchor, *self.augmenting.values(), self.bridges]
         return [layer for part in parts for layer in part.layers]
@@ -70,7 +77,9 @@ class ComposedCache(Cache):
     def __len__(self) -> int:
         return len(self.anchor)
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any):
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ):
         """Append to a layer of the anchor's cache."""
         return self.anchor.update(key_states, value_states, layer_idx, *args, **kwargs)
 
@@ -80,7 +89,8 @@ class ComposedCache(Cache):
             return self.anchor.get_seq_length(layer_idx)
         if not self.anchor.layers:
             return 0
-        return max((layer.get_seq_length() for layer in self.bridges.layers), default=0)
+        bridges: list[Any] = self.bridges.layers
+        return max((layer.get_seq_length() for layer in bridges), default=0)
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """Tokens the anchor's cache can hold, -1 if unlimited."""
@@ -108,4 +118,13 @@ class ComposedCache(Cache):
     @property
     def is_compileable(self) -> bool:
         """Whether every part has a static shape."""
-        return all(part.is_compileable for part in (self.anchor, *self.augmenting.values(), self.bridges))
+        return all(
+            part.is_compileable for part in (self.anchor, *self.augmenting.values(), self.bridges)
+        )
+
+
+def is_empty(cache: Cache) -> bool:
+    """Whether a model's own cache holds nothing yet; recurrent layers do not count tokens."""
+    if any(isinstance(layer, CacheLayerMixin) for layer in cache.layers):
+        return not bool(cache.get_seq_length() > 0)
+    return not cache.layers or not cache.has_previous_state()

@@ -132,9 +132,7 @@ def find(folder: str, name: str, hub_options: Mapping[str, Any]) -> Path:
     return Path(found)
 
 
-def check_names(
-    tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], folder: str
-) -> None:
+def check_names(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], folder: str) -> None:
     """Refuse weights that do not fit the bridges, naming the first that does not.
 
     Raises:
@@ -210,4 +208,3 @@ def model_card(config: ComposedConfig, num_parameters: Mapping[str, int]) -> str
             "",
         ]
     )
-

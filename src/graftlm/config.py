@@ -3,8 +3,8 @@
 import copy
 import importlib
 import re
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, Self, get_args
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, ClassVar, Literal, Self, get_args
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
@@ -50,7 +50,8 @@ class BridgeConfig:
     @classmethod
     def paper(cls, **changes: Any) -> Self:
         """The bare equations of the paper: no normalisation, no positions, no gate, no bias."""
-        return cls(**{"norm": False, "position": "none"} | changes)
+        options: dict[str, Any] = {"norm": False, "position": "none"} | changes
+        return cls(**options)
 
     def resolve(self, anchor_size: int, anchor_heads: int) -> Self:
         """The same shape with `num_heads` and `width` filled in from the anchor.
@@ -71,7 +72,7 @@ class BridgeConfig:
                 f"position='rotary' needs an even head width, but width {width} over "
                 f"{num_heads} heads gives {width // num_heads}"
             )
-        return type(self)(**asdict(self) | {"num_heads": num_heads, "width": width})
+        return replace(self, num_heads=num_heads, width=width)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,23 +138,25 @@ class ComposedConfig(PreTrainedConfig):
     """
 
     model_type = "graftlm"
-    auto_map = {}  # read by TRL on the class; our classes are no remote code
+    auto_map: ClassVar[
+        dict[str, str]
+    ] = {}  # read by TRL on the class; our classes are no remote code
     has_no_defaults_at_init = True
 
     anchor_config: Any = None
-    augmenting_configs: Any = None
-    connections: Any = None
-    bridge: Any = None
+    augmenting_configs: dict[str, Any] = field(default_factory=dict)
+    connections: list[Connection] = field(default_factory=list)
+    bridge: BridgeConfig = field(default_factory=BridgeConfig)
     reads: str = "sequence"
-    scales: dict[str, float] | None = None
-    bases: dict[str, Any] | None = None
+    scales: dict[str, float] = field(default_factory=dict)
+    bases: dict[str, Any] = field(default_factory=dict)
     weights_sha256: str | None = None
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self, **kwargs: Any) -> None:
         # Who has a configuration may ask AutoModelForCausalLM for the model next. Not at the top:
         # transformers is still importing when this module registers the configuration.
-        importlib.import_module("graftlm.composed")
+        importlib.import_module("graftlm.causal_lm")
         if self.format_version > FORMAT_VERSION:
             raise CheckpointMismatchError(
                 f"this checkpoint has format version {self.format_version}, but this graftlm "
@@ -163,19 +166,18 @@ class ComposedConfig(PreTrainedConfig):
             raise ValueError(f"reads is {self.reads!r}, but must be 'sequence' or 'prompt'")
         self.anchor_config = as_config(self.anchor_config)
         self.augmenting_configs = {
-            name: as_config(config) for name, config in (self.augmenting_configs or {}).items()
+            name: as_config(config) for name, config in self.augmenting_configs.items()
         }
         connections = [
-            c if isinstance(c, Connection) else Connection(**c) for c in self.connections or []
+            c if isinstance(c, Connection) else Connection(**c) for c in self.connections
         ]
         # In a fixed order, so that sums do not depend on how a dictionary was written down.
         self.connections = sorted(
             connections, key=lambda c: (c.anchor_layer, c.augmenting, c.augmenting_layer)
         )
         if not isinstance(self.bridge, BridgeConfig):
-            self.bridge = BridgeConfig(**(self.bridge or {}))
-        self.scales = {name: 1.0 for name in self.augmenting_configs} | (self.scales or {})
-        self.bases = self.bases or {}
+            self.bridge = BridgeConfig(**self.bridge)
+        self.scales = dict.fromkeys(self.augmenting_configs, 1.0) | self.scales
         if self.anchor_config is not None:
             anchor = self.anchor_config.get_text_config(decoder=True)
             for name in ("pad_token_id", "bos_token_id", "eos_token_id"):

@@ -11,9 +11,11 @@ import sys
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from graftlm.errors import UnsupportedModelError
 
@@ -25,6 +27,7 @@ UNSUPPORTED = {
     "xlstm": "it keeps its own kind of cache",
     "rwkv": "its state is not a cache that transformers' generate can hold",
     "openai-gpt": "it has no KV cache",
+    "graftlm": "it is composed already; compose all augmenting models with its anchor at once",
 }
 
 
@@ -51,31 +54,37 @@ def check_decoder(model: PreTrainedModel, role: str) -> None:
     if kind in UNSUPPORTED or kind.removesuffix("_text") in UNSUPPORTED:
         why = UNSUPPORTED.get(kind) or UNSUPPORTED[kind.removesuffix("_text")]
         raise UnsupportedModelError(f"{role} is {name}, which graftlm cannot compose: {why}")
-    if model.config.get_text_config() is not model.config and kind != "graftlm":
+    if model.config.get_text_config() is not model.config:
         raise UnsupportedModelError(
             f"{role} is {name}, a model of several modalities, but graftlm composes text "
             "decoders; load its text model alone"
         )
-    if getattr(model.config, "is_decoder", True) is False and "is_causal" not in dir(model):
-        # BERT-like encoders say so themselves; decoders leave is_decoder unset or unused.
-        causal = AutoModelForCausalLM._model_mapping.get(type(model.config), None)
-        if causal is None:
-            raise UnsupportedModelError(
-                f"{role} is {name}, which is not a causal language model"
-            )
+    if is_encoder(model):
+        raise UnsupportedModelError(
+            f"{role} is {name}, an encoder whose positions see later tokens, but graftlm composes "
+            "decoders"
+        )
     layer_list(model, role)
+
+
+def is_encoder(model: PreTrainedModel) -> bool:
+    """Whether positions see later tokens: such a model keeps no cache, or its settings say so."""
+    inner, config = trunk(model), text_config(model.config)
+    takes_cache = {"past_key_values", "cache_params"} & parameters_of(type(inner).forward)
+    # GPT-NeoX has BERT's flag too, and does not use it.
+    is_bert = getattr(config, "is_decoder", True) is False and hasattr(inner, "encoder")
+    sees_all = getattr(config, "use_bidirectional_attention", None) in (True, "all")
+    return not takes_cache or is_bert or sees_all
 
 
 def trunk(model: PreTrainedModel) -> PreTrainedModel:
     """The headless decoder inside a causal language model; itself if it is headless."""
-    if model.config.model_type == "graftlm":
-        return trunk(model.anchor)
     decoder = model.get_decoder()
     if isinstance(decoder, PreTrainedModel) and decoder is not model:
         return decoder
     # Llama 4 and ModernBERT's decoder have names by which transformers misses the trunk.
     inner = [child for child in model.children() if isinstance(child, PreTrainedModel)]
-    return inner[0] if len(inner) == 1 else decoder
+    return inner[0] if len(inner) == 1 else model
 
 
 def layer_list(model: PreTrainedModel, role: str = "the model") -> nn.ModuleList:
@@ -84,7 +93,8 @@ def layer_list(model: PreTrainedModel, role: str = "the model") -> nn.ModuleList
     Raises:
         UnsupportedModelError: If there is not exactly one such list.
     """
-    return getattr(trunk(model), layer_list_name(model, role))
+    layers: Any = getattr(trunk(model), layer_list_name(model, role))
+    return layers
 
 
 def layer_list_name(model: PreTrainedModel, role: str = "the model") -> str:
@@ -124,7 +134,9 @@ def num_heads(config: PreTrainedConfig) -> int:
     heads = getattr(config, "num_attention_heads", None)
     if isinstance(heads, int) and heads > 0:
         return heads
-    return next(n for n in range(max(config.hidden_size // 64, 1), 0, -1) if config.hidden_size % n == 0)
+    return next(
+        n for n in range(max(config.hidden_size // 64, 1), 0, -1) if config.hidden_size % n == 0
+    )
 
 
 def shorten(model: PreTrainedModel, length: int) -> PreTrainedModel:
@@ -138,7 +150,9 @@ def shorten(model: PreTrainedModel, length: int) -> PreTrainedModel:
     kinds = getattr(config, "layer_types", None)
     if kinds and any("attention" in kind and "linear" not in kind for kind in kinds):
         first = next(
-            index for index, kind in enumerate(kinds) if "attention" in kind and "linear" not in kind
+            index
+            for index, kind in enumerate(kinds)
+            if "attention" in kind and "linear" not in kind
         )
         length = max(length, first + 1)
     # accelerate's hooks bind `forward` to the original module, so a view would not be run.
@@ -185,8 +199,7 @@ def declared_options(model: PreTrainedModel, options: dict[str, Any]) -> dict[st
     return {
         name: value
         for name, value in options.items()
-        if value is not None
-        and (name in declared or (anything and name not in ONLY_IF_DECLARED))
+        if value is not None and (name in declared or (anything and name not in ONLY_IF_DECLARED))
     }
 
 
@@ -224,11 +237,17 @@ def is_recurrent_call(model: PreTrainedModel) -> bool:
 
 
 def check_checkpointing(model: PreTrainedModel) -> None:
-    """Refuse gradient checkpointing where it would turn dropout on in a frozen layer.
+    """Refuse gradient checkpointing where it would change what the frozen layers compute.
 
     Raises:
-        ValueError: Naming the setting.
+        ValueError: If a layer's dropout would be turned on, naming the setting.
+        RuntimeError: If this transformers recomputes hooks, ours included, outside of a pass.
     """
+    if "__call__" in vars(GradientCheckpointingLayer):
+        raise RuntimeError(
+            "gradient checkpointing of a composed model needs transformers 5.23 or newer, but "
+            f"{transformers.__version__} is installed; older ones checkpoint hooks too"
+        )
     for layer in layer_list(model):
         for name, value in vars(layer).items():
             if "dropout" in name and isinstance(value, float) and value > 0:

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from graftlm import decoder
 from graftlm.bases import Base, load_base, reference
-from graftlm.composed import ComposedForCausalLM
+from graftlm.causal_lm import ComposedForCausalLM
 from graftlm.config import (
     BridgeConfig,
     ComposedConfig,
@@ -18,6 +18,7 @@ from graftlm.config import (
     spaced_connections,
 )
 from graftlm.tokenization import behaviour, find_tokenizer
+
 
 def compose(
     anchor: Base,

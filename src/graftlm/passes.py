@@ -18,14 +18,15 @@ from torch.utils.hooks import RemovableHandle
 
 from graftlm.decoder import hidden_states_of, with_hidden_states
 
-
 T = TypeVar("T")
 
 
 class Bridged(Protocol):
     """What a pass asks of the composed model it runs."""
 
-    def apply_bridges(self, forward_pass: "ForwardPass", layer: int, hidden_states: Tensor) -> Tensor:
+    def apply_bridges(
+        self, forward_pass: "ForwardPass", layer: int, hidden_states: Tensor
+    ) -> Tensor:
         """The hidden states after the bridges of one anchor layer."""
         ...
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from graftlm.bases import config_difference, fingerprint
+from graftlm.causal_lm import ComposedForCausalLM
 from graftlm.checkpoint import read_config
-from graftlm.composed import ComposedForCausalLM
 from graftlm.config import ComposedConfig
 
 
@@ -211,12 +211,12 @@ def check_padding(model: ComposedForCausalLM, ids: Tensor) -> Check:
     padded = torch.cat([filler, ids], dim=1)
     mask = torch.cat([filler, torch.ones_like(ids)], dim=1)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    output = model(
-        input_ids=padded, attention_mask=mask, position_ids=positions, use_cache=False
-    )
+    output = model(input_ids=padded, attention_mask=mask, position_ids=positions, use_cache=False)
     whole = logits_of(model, ids)
     difference = largest_difference(output.logits[:, pad:], whole)
-    return exact("padding changes nothing", difference, f"{pad} on the left", tolerance(model, whole))
+    return exact(
+        "padding changes nothing", difference, f"{pad} on the left", tolerance(model, whole)
+    )
 
 
 def check_frozen(model: ComposedForCausalLM, ids: Tensor) -> Check:
@@ -225,12 +225,12 @@ def check_frozen(model: ComposedForCausalLM, ids: Tensor) -> Check:
     model.zero_grad(set_to_none=True)
     model(input_ids=ids, labels=ids).loss.backward()
     bridges = {id(parameter) for parameter in model.bridges.parameters()}
-    moved = [name for name, p in model.named_parameters() if p.grad is not None and id(p) not in bridges]
+    moved = [
+        name for name, p in model.named_parameters() if p.grad is not None and id(p) not in bridges
+    ]
     learning = sum(p.grad is not None for p in model.bridges.parameters())
     in_training = [
-        type(base).__name__
-        for base in (model.anchor, *model.augmenting.values())
-        if base.training
+        type(base).__name__ for base in (model.anchor, *model.augmenting.values()) if base.training
     ]
     model.zero_grad(set_to_none=True)
     return Check(

@@ -1,0 +1,275 @@
+"""The composed model with the anchor's head: what users train, generate with and save."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from graftlm import decoder
+from graftlm.cache import ComposedCache
+from graftlm.composed import ComposedModel
+from graftlm.config import ComposedConfig
+from graftlm.passes import Scoped
+from graftlm.saving import SavesBridges
+
+anchor_only_keys: Scoped[frozenset[str]] = Scoped(frozenset())
+
+
+class ComposedForCausalLM(SavesBridges, GenerationMixin):
+    """A composed model that predicts tokens; made by `graftlm.compose`.
+
+    The logits, the loss and the head are the anchor's own.
+
+    Args:
+        config: What is connected, and how.
+        anchor: The anchor, a loaded causal language model. Its parameters are frozen.
+        augmenting: The loaded augmenting models by name, frozen too.
+    """
+
+    def __init__(
+        self,
+        config: ComposedConfig,
+        anchor: PreTrainedModel,
+        augmenting: Mapping[str, PreTrainedModel],
+    ):
+        super().__init__(config)
+        self.model = ComposedModel(config, anchor, augmenting)
+        # Checkpoints hold the bridges only; Trainer compares with this when it resumes.
+        self._keys_to_ignore_on_save = {
+            name for name in self.state_dict() if not name.startswith("model.bridges.")
+        }
+        self.post_init()
+        self.generation_config = copy.deepcopy(anchor.generation_config)
+        self.eval()
+
+    # ---- parts ---------------------------------------------------------------------------
+
+    @property
+    def anchor(self) -> PreTrainedModel:
+        """The frozen model whose logits we return."""
+        return self.model.anchor
+
+    @property
+    def augmenting(self) -> Mapping[str, PreTrainedModel]:
+        """The frozen models we read from, by name."""
+        return self.model.augmenting
+
+    @property
+    def bridges(self) -> nn.ModuleList:
+        """The bridges, in the order of `config.connections`: all that trains."""
+        return self.model.bridges
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether Trainer may pass `num_items_in_batch`: if the anchor's forward takes it."""
+        return decoder.takes_any_option(self.anchor)
+
+    @property
+    def _is_stateful(self) -> bool:  # pyrefly: ignore[bad-override]
+        """Whether a part keeps a state that cannot be rolled back."""
+        return any(base._is_stateful for base in (self.anchor, *self.augmenting.values()))
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The anchor's head."""
+        return self.anchor.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the anchor's head."""
+        self.anchor.set_output_embeddings(new_embeddings)
+
+    # ---- switches ------------------------------------------------------------------------
+
+    def set_scale(self, name: str, scale: float) -> None:
+        """Multiply what the anchor reads from one augmenting model; saved with the model.
+
+        Args:
+            name: Of the augmenting model.
+            scale: 1 as trained; 0 switches the model off, and it is then not run.
+
+        Raises:
+            ValueError: If there is no such augmenting model.
+        """
+        if name not in self.config.scales:
+            names = ", ".join(repr(known) for known in self.config.scales)
+            raise ValueError(f"there is no augmenting model {name!r}, only {names}")
+        self.config.scales[name] = float(scale)
+
+    @contextmanager
+    def anchor_only(self) -> Iterator[None]:
+        """Within this context the model is the anchor, bit for bit, in this thread."""
+        before = anchor_only_keys.get()
+        anchor_only_keys.set(before | {self.model.hooks.key})
+        try:
+            yield
+        finally:
+            anchor_only_keys.set(before)
+
+    @property
+    def is_anchor_only(self) -> bool:
+        """Whether we are within `anchor_only`."""
+        return self.model.hooks.key in anchor_only_keys.get()
+
+    # ---- training ------------------------------------------------------------------------
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, for the anchor's layers and the bridges.
+
+        Raises:
+            ValueError: If an anchor layer would apply dropout, which checkpointing turns on.
+        """
+        decoder.check_checkpointing(self.anchor)
+        super().gradient_checkpointing_enable(*args, **kwargs)
+        self.train(self.training)
+
+    def enable_input_require_grads(self) -> None:
+        """Nothing, unless a base has something to train: else all of the anchor joins the graph."""
+        if any(p.requires_grad for p in self.anchor.parameters()):
+            self.anchor.enable_input_require_grads()
+
+    # ---- forward and generation ----------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch seq"] | None = None,
+        attention_mask: Tensor | dict[str, Tensor | None] | None = None,
+        position_ids: Int[Tensor, "#batch seq"] | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Float[Tensor, "batch seq d_anchor"] | None = None,
+        labels: Int[Tensor, "batch seq"] | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        prompt_mask: Int[Tensor, "batch prompt_seq"] | None = None,
+        return_dict: bool | None = None,
+        **options: Any,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Predict the next token at every position.
+
+        Paper: CALM, section 3.1; every token goes to the anchor and to the augmenting models.
+
+        Args:
+            input_ids: Token ids, for all models.
+            attention_mask: 1 for tokens, 0 for padding, over the cached and the new tokens.
+            position_ids: Positions; starting over within a row marks packed documents.
+            past_key_values: The cache of earlier calls.
+            inputs_embeds: Refused: the augmenting models read tokens.
+            labels: Targets, -100 where there is no loss; shifted inside, as in transformers.
+            use_cache: Whether to return a cache; the default is yes, but not in training.
+            logits_to_keep: As in transformers: how many of the last logits, 0 for all.
+            prompt_mask: With `reads="prompt"`: 1 for prompt tokens, over the cached and the new
+                tokens; what it does not cover is no prompt. By default all tokens before the
+                first label, or all tokens of a call without cache.
+            return_dict: False returns a tuple.
+            options: Passed on to the anchor.
+
+        Raises:
+            ValueError: If `input_ids` are missing, a mask is not 2-D, or a cache does not fit.
+        """
+        if inputs_embeds is not None:
+            raise ValueError(
+                "inputs_embeds cannot be used: the augmenting models read tokens; pass input_ids"
+            )
+        options |= {"labels": labels, "logits_to_keep": logits_to_keep}
+        if self.is_anchor_only:
+            return self.anchor(
+                input_ids=input_ids,
+                return_dict=return_dict,
+                past_key_values=past_key_values,
+                **decoder.declared_options(
+                    self.anchor,
+                    options
+                    | {
+                        "attention_mask": attention_mask,
+                        "position_ids": position_ids,
+                        "use_cache": use_cache,
+                    },
+                ),
+            )
+        if self.config.reads != "prompt":
+            prompt_mask = None
+        elif prompt_mask is None and labels is not None:
+            prompt_mask = (labels != -100).cumsum(-1) == 0
+        output = self.model.run(
+            self.anchor,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            prompt_mask=prompt_mask,
+            options=options,
+        )
+        return output.to_tuple() if return_dict is False else output
+
+    def _prepare_cache_for_generation(  # pyrefly: ignore[bad-override]
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """Let transformers make the anchor's cache, and put the other caches beside it."""
+        super()._prepare_cache_for_generation(  # pyrefly: ignore[bad-argument-type]
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+        if self.is_anchor_only:
+            return
+        if self.config.reads == "prompt" and "prompt_mask" not in model_kwargs:
+            model_kwargs["prompt_mask"] = torch.ones_like(model_kwargs["position_ids"])
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None and not isinstance(cache, ComposedCache):
+            composed_cache = self.model.resolve_cache(cache, use_cache=True)
+            assert composed_cache is not None
+            if generation_config.is_assistant:
+                composed_cache.activate_past_recording()
+            model_kwargs["past_key_values"] = composed_cache
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: it makes its own cache for one model.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            "continuous batching (and cache_implementation='paged') keeps a cache for one model "
+            "only; use generate with a dynamic or static cache"
+        )
+
+    def create_masks_for_generate(
+        self,
+        config: Any = None,
+        inputs_embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor | None]:
+        """The masks of all parts for one step with a static cache, flat, keyed "part/kind"."""
+        del config, kwargs
+        shared = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
+        shared["position_ids"] = position_ids
+        if not isinstance(past_key_values, ComposedCache):
+            return decoder.generation_masks(self.anchor, past_key_values=past_key_values, **shared)
+        parts = {"anchor": (self.anchor, past_key_values.anchor)}
+        for name, cache in past_key_values.augmenting.items():
+            parts[name] = self.model.running_view(name), cache
+        masks: dict[str, Tensor | None] = {"bridges/": None}
+        for name, (model, cache) in parts.items():
+            made = decoder.generation_masks(model, past_key_values=cache, **shared)
+            masks |= {f"{name}/{kind}": mask for kind, mask in made.items()}
+        if attention_mask is not None:
+            # Later tokens count as readable here: causality hides them, and the shape is static.
+            length = past_key_values.bridges.get_max_length()
+            missing = length - attention_mask.shape[1]
+            masks["bridges/"] = nn.functional.pad(attention_mask, (0, missing), value=1)
+        return masks
+
+
+AutoModelForCausalLM.register(ComposedConfig, ComposedForCausalLM, exist_ok=True)

@@ -1,0 +1,210 @@
+"""Save a composed model without its bases, and load it onto the same ones."""
+
+import os
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from graftlm.bases import Base, check_base, fingerprint, load_base, reference
+from graftlm.checkpoint import (
+    PREFIX,
+    bridge_weights,
+    check_names,
+    read_config,
+    read_weights,
+    write_checkpoint,
+)
+from graftlm.composed import ComposedModel, ComposedPreTrainedModel
+from graftlm.config import ComposedConfig
+from graftlm.tokenization import find_tokenizer
+
+
+class SavesBridges(ComposedPreTrainedModel):
+    """What `ComposedForCausalLM` does about files."""
+
+    model: ComposedModel
+
+    def save_pretrained(  # pyrefly: ignore[bad-override]
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        safe_serialization: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """Save the bridges, the configuration and a model card; never a base weight.
+
+        A new folder appears complete or not at all; files in an existing one are replaced one
+        by one, each complete.
+
+        Args:
+            save_directory: Where to.
+            is_main_process: False writes nothing, as in transformers.
+            state_dict: A gathered state dict to take the bridges from.
+            push_to_hub: Upload afterwards; `repo_id` and others as in transformers.
+            safe_serialization: Must be True.
+            kwargs: For `push_to_hub`.
+
+        Raises:
+            ValueError: If pickles are asked for.
+        """
+        if not safe_serialization:
+            raise ValueError("safe_serialization is False, but graftlm writes safetensors only")
+        self.take_fingerprints()
+        if state_dict is None:
+            # Not the full state_dict: gathering packed base weights can change them.
+            state_dict = self.model.bridges.state_dict(prefix=PREFIX)
+        if is_main_process:
+            write_checkpoint(
+                save_directory,
+                self.config,
+                bridge_weights(state_dict),
+                self.generation_config,
+                find_tokenizer(self.model.anchor.config.name_or_path),
+                self.num_parameters_by_part(),
+            )
+        if push_to_hub:
+            kwargs.setdefault("repo_id", os.path.basename(os.path.abspath(save_directory)))
+            self.push_to_hub(**kwargs)
+
+    def take_fingerprints(self) -> None:
+        """Hash the base models once; they are frozen, so once is enough."""
+        bases = {"anchor": self.model.anchor, **self.model.augmenting}
+        for name, base in bases.items():
+            entry = self.config.bases.setdefault(name, {"name_or_path": None, "revision": None})
+            if entry.get("fingerprint") is None:
+                entry["fingerprint"] = fingerprint(base, with_head=name == "anchor")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        config: ComposedConfig | None = None,
+        anchor: Base | None = None,
+        augmenting: Base | Mapping[str, Base] | None = None,
+        dtype: torch.dtype | str = "auto",
+        device_map: Any = None,
+        check_bases: bool = True,
+        revision: str | None = None,
+        subfolder: str = "",
+        cache_dir: str | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        trust_remote_code: bool = False,
+        attn_implementation: str | None = None,
+        quantization_config: Any = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Load the bridges and the base models they were made for.
+
+        Args:
+            pretrained_model_name_or_path: A folder written by `save_pretrained`, or a hub id.
+            config: The configuration, if it was read before.
+            anchor: The anchor, loaded or elsewhere; by default where it was.
+            augmenting: The augmenting model, or several by name; by default where they were.
+            dtype, device_map, trust_remote_code, attn_implementation, quantization_config: For
+                base models loaded here, as in transformers.
+            check_bases: Compare configuration, weights and tokenizer of each base model with
+                the checkpoint; the weights are read once more for that.
+            revision, subfolder, cache_dir, token, local_files_only, force_download: For a
+                composed model on the hub.
+            kwargs: Refused, but for what transformers' Auto classes add.
+
+        Raises:
+            CheckpointMismatchError: If a file is missing or damaged, or a base model differs.
+            ValueError: If a base model cannot be found.
+        """
+        unknown = set(kwargs) - {"_from_auto", "adapter_kwargs", "torch_dtype", "weights_only"}
+        if unknown:
+            raise TypeError(f"from_pretrained got unknown arguments: {', '.join(sorted(unknown))}")
+        folder = os.fspath(pretrained_model_name_or_path)
+        shared = {
+            "cache_dir": cache_dir,
+            "token": token,
+            "local_files_only": local_files_only,
+            "force_download": force_download,
+        }
+        hub_options = shared | {"revision": revision, "subfolder": subfolder}
+        if config is None:
+            config = read_config(folder, **hub_options)
+        tensors = read_weights(folder, config, **hub_options)
+        options = shared | {
+            "dtype": kwargs.get("torch_dtype") or dtype,
+            "device_map": device_map,
+            "trust_remote_code": trust_remote_code,
+            "attn_implementation": attn_implementation,
+            "quantization_config": quantization_config,
+        }
+        given = name_bases(anchor, augmenting, config)
+        loaded = {}
+        for name in ("anchor", *config.augmenting_configs):
+            role = "the anchor" if name == "anchor" else f"augmenting model {name!r}"
+            known = config.bases.get(name, {})
+            base = given.get(name) or known.get("name_or_path")
+            if base is None:
+                keyword = "anchor=" if name == "anchor" else "augmenting="
+                raise ValueError(
+                    f"{folder} does not say where {role} is, because it was composed from a "
+                    f"loaded model; pass {keyword}"
+                )
+            at = {} if given.get(name) else {"revision": known.get("revision")}
+            is_anchor = name == "anchor"
+            loaded[name] = load_base(base, role, **options, **at)
+            if given.get(name) and reference(loaded[name]):
+                known |= {"name_or_path": reference(loaded[name]), "revision": None}
+            if check_bases:
+                was = config.anchor_config if is_anchor else config.augmenting_configs[name]
+                print_of = known.get("fingerprint")
+                check_base(loaded[name], role, was, print_of, with_head=is_anchor)
+        anchor = loaded.pop("anchor")
+        config.anchor_config = anchor.config
+        config.augmenting_configs = {name: base.config for name, base in loaded.items()}
+        model = cls(config, anchor, loaded)
+        check_names(tensors, model.model.bridges.state_dict(prefix=PREFIX), folder)
+        model.model.bridges.to(next(iter(tensors.values())).dtype)
+        model.load_state_dict(tensors, strict=False)
+        model.config.name_or_path = folder
+        return model
+
+    def num_parameters_by_part(self) -> dict[str, int]:
+        """Parameters of the anchor, of each augmenting model and of the bridges.
+
+        Shared tensors count once; W^O of the bridges counts, which the paper leaves out.
+        """
+        parts = {
+            "anchor": self.model.anchor,
+            **self.model.augmenting,
+            "bridges": self.model.bridges,
+        }
+        return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+
+
+def name_bases(
+    anchor: Base | None, augmenting: Base | Mapping[str, Base] | None, config: ComposedConfig
+) -> dict[str, Base | None]:
+    """The base models handed over, by name.
+
+    Raises:
+        ValueError: If a name is unknown, or missing where there are several.
+    """
+    names = list(config.augmenting_configs)
+    if augmenting is None:
+        augmenting = {}
+    elif not isinstance(augmenting, Mapping):
+        if len(names) != 1:
+            raise ValueError(
+                f"augmenting is one model, but the checkpoint has {len(names)}: "
+                f"{', '.join(names)}; pass a dictionary"
+            )
+        augmenting = {names[0]: augmenting}
+    unknown = sorted(set(augmenting) - set(names))
+    if unknown:
+        raise ValueError(
+            f"augmenting names {unknown[0]!r}, but the checkpoint has only {', '.join(names)}"
+        )
+    return {"anchor": anchor, **augmenting}

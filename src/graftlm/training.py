@@ -1,0 +1,400 @@
+"""Train the bridges of a composition, as a recipe says; the loop is transformers' `Trainer`.
+
+prepare(recipe) -> Training      all that can fail fails here, models last
+Training.run()  -> Outcome       trains, evaluates, saves; Ctrl-C leaves a checkpoint
+"""
+
+import json
+import math
+import os
+import re
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+
+from graftlm._version import __version__
+from graftlm.causal_lm import ComposedForCausalLM
+from graftlm.config import ComposedConfig, spaced_connections
+from graftlm.data import Examples, collator, load_examples
+from graftlm.loading import compose
+from graftlm.progress import ProgressDisplay
+from graftlm.recipe import Recipe
+
+RECORD = "training.json"
+LONGEST_BY_DEFAULT = 1024
+# What suits freshly opened bridges; a recipe's `training` goes over it. Fractions are of all steps.
+DEFAULTS: dict[str, Any] = {
+    "learning_rate": 3e-4,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.05,
+    "logging_steps": 0.01,
+    "logging_first_step": True,
+    "save_steps": 0.05,
+    "save_total_limit": 2,
+    "report_to": "none",
+    "remove_unused_columns": False,
+    "prediction_loss_only": True,
+    "ddp_find_unused_parameters": False,
+}
+EVALUATION_DEFAULTS = {"eval_strategy": "steps", "eval_steps": 0.05}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """How a run ended.
+
+    Args:
+        folder: The composed model, or the checkpoint an interrupted run left.
+        step: Training steps done in all.
+        metrics: Losses and speed.
+        stopped_by: The signal that ended the run early, or None.
+    """
+
+    folder: str
+    step: int
+    metrics: Mapping[str, float]
+    stopped_by: signal.Signals | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Training:
+    """A composed model and its data, ready to train."""
+
+    recipe: Recipe
+    arguments: TrainingArguments
+    tokenizer: PreTrainedTokenizerBase
+    examples: Examples
+    evaluation: Examples | None
+    model: ComposedForCausalLM
+    max_length: int
+    checkpoint: str | None
+
+    def run(self, console: Console | None = None) -> Outcome:
+        """Train, evaluate and save.
+
+        Args:
+            console: Where to show progress; by default nowhere.
+        """
+        interruption = Interruption()
+        trainer = Trainer(
+            model=self.model,
+            args=self.arguments,
+            train_dataset=self.examples.dataset,
+            eval_dataset=self.evaluation.dataset if self.evaluation else None,
+            data_collator=collator(self.tokenizer),
+            processing_class=self.tokenizer,
+            callbacks=[interruption],
+        )
+        for callback in (ProgressCallback, PrinterCallback):
+            trainer.remove_callback(callback)
+        display = ProgressDisplay(console or Console(quiet=True))
+        trainer.add_callback(display)
+        if trainer.is_world_process_zero():
+            self.record({"state": "started"})
+        with display, interruption.caught():
+            trainer.train(resume_from_checkpoint=self.checkpoint)
+        step = trainer.state.global_step
+        if interruption.signal is not None:
+            folder = str(Path(self.arguments.output_dir, f"checkpoint-{step}"))
+            return Outcome(folder=folder, step=step, metrics={}, stopped_by=interruption.signal)
+        metrics = self.final_metrics(trainer)
+        trainer.save_model()
+        trainer.save_state()
+        if trainer.is_world_process_zero():
+            self.record({"state": "finished", "step": step, "metrics": metrics})
+        return Outcome(folder=self.recipe.output_dir, step=step, metrics=metrics)
+
+    def final_metrics(self, trainer: Trainer) -> dict[str, float]:
+        """The last losses; evaluates once more unless that was done at this very step."""
+        history = trainer.state.log_history
+        if self.evaluation is not None and not any(
+            "eval_loss" in entry and entry["step"] == trainer.state.global_step for entry in history
+        ):
+            trainer.evaluate()
+        metrics: dict[str, float] = {}
+        for entry in trainer.state.log_history:
+            wanted = ("train_loss", "train_runtime", "eval_loss")
+            metrics |= {name: entry[name] for name in wanted if name in entry}
+        if "eval_loss" in metrics:
+            metrics["eval_perplexity"] = math.exp(min(metrics["eval_loss"], 700.0))
+        return metrics
+
+    def record(self, facts: Mapping[str, Any]) -> None:
+        """Note in the output folder what was trained, on what, and how it went."""
+        folder = Path(self.arguments.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        counts = {
+            "examples": len(self.examples.dataset),
+            "evaluation_examples": len(self.evaluation.dataset) if self.evaluation else 0,
+            "tokens": self.examples.num_tokens,
+            "truncated": self.examples.num_truncated,
+            "dropped": self.examples.num_dropped,
+        }
+        content = {
+            "graftlm": __version__,
+            "recipe": self.recipe.to_json(),
+            "max_length": self.max_length,
+            "data": counts,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            **facts,
+        }
+        temporary = folder / f".{RECORD}"
+        temporary.write_text(json.dumps(content, indent=2, default=str), encoding="utf-8")
+        temporary.replace(folder / RECORD)
+
+
+# ---- before training ---------------------------------------------------------------------
+
+
+def prepare(recipe: Recipe, *, resume: bool = False) -> Training:
+    """Read the data and compose the model; what is quick to check is checked first.
+
+    Args:
+        recipe: What to do.
+        resume: Continue from the last complete checkpoint of the output folder.
+
+    Raises:
+        ValueError: If the recipe contradicts the models, the data or the output folder.
+    """
+    arguments = training_arguments(recipe)
+    checkpoint = starting_point(recipe, resume=resume)
+    check_layers(recipe)
+    tokenizer = AutoTokenizer.from_pretrained(
+        recipe.tokenizer or recipe.anchor, trust_remote_code=recipe.trust_remote_code
+    )
+    max_length = resolve_max_length(recipe)
+    options = {"max_length": max_length, "completions_only": recipe.completions_only}
+    with arguments.main_process_first(desc="reading data"):
+        examples = load_examples(recipe.data, tokenizer, **options)
+        evaluation = None
+        if recipe.eval_data is not None:
+            evaluation = load_examples(recipe.eval_data, tokenizer, **options)
+        elif recipe.eval_fraction is not None:
+            examples, evaluation = examples.split(recipe.eval_fraction, recipe.seed)
+    set_seed(recipe.seed)
+    return Training(
+        recipe=recipe,
+        arguments=arguments,
+        tokenizer=tokenizer,
+        examples=examples,
+        evaluation=evaluation,
+        model=compose(recipe.anchor, recipe.augmenting, **recipe.compose_options()),
+        max_length=max_length,
+        checkpoint=checkpoint,
+    )
+
+
+def training_arguments(recipe: Recipe) -> TrainingArguments:
+    """The recipe's, over our defaults, over those of transformers.
+
+    Raises:
+        ValueError: If transformers finds a contradiction.
+    """
+    values = DEFAULTS | (EVALUATION_DEFAULTS if recipe.evaluates else {})
+    if not {"bf16", "fp16", "use_cpu"} & set(recipe.training):
+        values["bf16"] = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    values |= recipe.training
+    for name in ("do_train", "do_eval", "do_predict"):
+        if name in recipe.training:
+            warnings.warn(f"training.{name} has no effect: train always trains", stacklevel=2)
+    # Our own display replaces the bar of transformers.
+    values |= {"output_dir": recipe.output_dir, "seed": recipe.seed, "disable_tqdm": True}
+    return TrainingArguments(**values)
+
+
+def base_configs(recipe: Recipe) -> dict[str, Any]:
+    """The configurations of the anchor and the augmenting models, without their weights."""
+    return {
+        name: AutoConfig.from_pretrained(ref, trust_remote_code=recipe.trust_remote_code)
+        for name, ref in {"anchor": recipe.anchor, **recipe.models}.items()
+    }
+
+
+def check_layers(recipe: Recipe) -> None:
+    """Refuse connections to layers that do not exist, before any weights are read."""
+    configs = base_configs(recipe)
+    anchor = configs.pop("anchor")
+    anchor_layers = anchor.get_text_config(decoder=True).num_hidden_layers
+    connections = recipe.connections or [
+        connection
+        for name, config in configs.items()
+        for connection in spaced_connections(
+            name, config.get_text_config(decoder=True).num_hidden_layers, anchor_layers, 4
+        )
+    ]
+    ComposedConfig(anchor_config=anchor, augmenting_configs=configs, connections=connections)
+
+
+def resolve_max_length(recipe: Recipe) -> int:
+    """Tokens an example may have.
+
+    Raises:
+        ValueError: If the recipe's number is beyond the context of one of the models.
+    """
+    contexts = {
+        name: getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+        for name, config in base_configs(recipe).items()
+    }
+    limits = {name: size for name, size in contexts.items() if isinstance(size, int) and size > 0}
+    if recipe.max_length is None:
+        return min((LONGEST_BY_DEFAULT, *limits.values()))
+    for name, size in limits.items():
+        if recipe.max_length > size:
+            model = "the anchor" if name == "anchor" else f"augmenting model {name!r}"
+            raise ValueError(
+                f"max_length is {recipe.max_length}, but the context of {model} is {size} tokens"
+            )
+    return recipe.max_length
+
+
+# ---- resuming ----------------------------------------------------------------------------
+
+
+def starting_point(recipe: Recipe, *, resume: bool) -> str | None:
+    """The checkpoint to start from, or None for the beginning.
+
+    Raises:
+        ValueError: If the output folder holds a run that was not asked to be continued.
+    """
+    named = recipe.training.get("resume_from_checkpoint")
+    if named is not None:
+        if not is_complete(Path(named)):
+            raise ValueError(
+                f"training.resume_from_checkpoint is {named!r}, which is no checkpoint"
+            )
+        return str(named)
+    found = last_checkpoint(Path(recipe.output_dir))
+    if not resume:
+        if found is not None:
+            raise ValueError(
+                f"{recipe.output_dir} already holds {found.name}; pass --resume to continue that "
+                "run, or choose another output folder"
+            )
+        return None
+    if found is None:
+        warnings.warn(
+            f"{recipe.output_dir} holds no checkpoint to resume from; starting at the beginning",
+            stacklevel=2,
+        )
+        return None
+    warn_if_changed(recipe)
+    return str(found)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint; one that was cut off while it was written is passed over."""
+    numbered = {
+        int(match[1]): path
+        for path in (folder.iterdir() if folder.is_dir() else ())
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and path.is_dir()
+    }
+    for _, path in sorted(numbered.items(), reverse=True):
+        if is_complete(path):
+            return path
+        warnings.warn(
+            f"{path} is incomplete: training ended while it was written; passing it over",
+            stacklevel=3,
+        )
+    return None
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint has its last file, whole: `Trainer` writes trainer_state.json last."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def warn_if_changed(recipe: Recipe) -> None:
+    """Say in what the recipe differs from the one the checkpoint was made with."""
+    try:
+        record = json.loads(Path(recipe.output_dir, RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    now, before = json.loads(json.dumps(recipe.to_json(), default=str)), record["recipe"]
+    changed = [name for name in sorted(now.keys() | before) if now.get(name) != before.get(name)]
+    if changed:
+        warnings.warn(
+            f"the recipe differs in {', '.join(changed)} from the one this run was started with, "
+            "so it will not end as it would have",
+            stacklevel=3,
+        )
+
+
+# ---- Ctrl-C ------------------------------------------------------------------------------
+
+
+class Interruption(TrainerCallback):
+    """On Ctrl-C (or SIGTERM): finish the step, save a checkpoint, stop. A second one stops at once.
+
+    With several processes all stop at the same step, whichever was interrupted first.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self.process = os.getpid()
+
+    @contextmanager
+    def caught(self) -> Iterator[None]:
+        """Listen for signals; only the main thread can."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in before:
+            signal.signal(number, self.receive)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        """Note the signal; data loading processes, which inherit this, ignore it."""
+        if self.signal is not None and os.getpid() == self.process:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Save and stop, if asked to."""
+        if args.world_size > 1:
+            number = torch.tensor(int(self.signal or 0), device=args.device)
+            torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
+            self.signal = signal.Signals(int(number)) if int(number) else None
+        if self.signal is not None:
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The checkpoint is written already; do not spend time on evaluation."""
+        if self.signal is not None:
+            control.should_save = control.should_evaluate = False
