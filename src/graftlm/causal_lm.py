@@ -86,7 +86,7 @@ class ComposedForCausalLM(SavesBridges, GenerationMixin):
 
     # ---- switches ------------------------------------------------------------------------
 
-    def set_scale(self, name: str, scale: float) -> None:
+    def set_scale(self, name: str, scale: float | int) -> None:
         """Multiply what the anchor reads from one augmenting model; saved with the model.
 
         Args:
@@ -118,14 +118,15 @@ class ComposedForCausalLM(SavesBridges, GenerationMixin):
 
     # ---- training ------------------------------------------------------------------------
 
-    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+    def _set_gradient_checkpointing(self, enable: bool = True, **options: Any) -> None:
         """As in transformers, for the anchor's layers and the bridges.
 
         Raises:
             ValueError: If an anchor layer would apply dropout, which checkpointing turns on.
         """
-        decoder.check_checkpointing(self.anchor)
-        super().gradient_checkpointing_enable(*args, **kwargs)
+        if enable:
+            decoder.check_checkpointing(self.anchor)
+        super()._set_gradient_checkpointing(enable=enable, **options)
         self.train(self.training)
 
     def enable_input_require_grads(self) -> None:

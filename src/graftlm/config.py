@@ -44,7 +44,7 @@ class BridgeConfig:
             raise ValueError(f"position is {self.position!r}, but must be one of {options}")
         for name in ("num_heads", "width"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"{name} is {value!r}, but must be a positive whole number")
 
     @classmethod
@@ -89,7 +89,7 @@ class Connection:
     def __post_init__(self) -> None:
         for name in ("augmenting_layer", "anchor_layer"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            if type(value) is not int or value < 0:
                 raise ValueError(f"{name} is {value!r}, but layers are whole numbers from 0")
 
 
@@ -106,7 +106,7 @@ def spaced_connections(
     Raises:
         ValueError: If `every` is not a positive whole number.
     """
-    if not isinstance(every, int) or every < 1:
+    if type(every) is not int or every < 1:
         raise ValueError(f"every is {every!r}, but must be a positive whole number")
     wanted = max(augmenting_layers // every, 1)
     count = min(wanted, anchor_layers)

@@ -1,33 +1,27 @@
 """Training data: from files and `datasets` names to token ids and labels.
 
-One row of data is one of three kinds, named as in TRL:
-
-    {"prompt": ..., "completion": ...}    texts, or lists of messages; loss on the completion
-    {"messages": [{"role": ..., "content": ...}, ...]}    loss on the assistant's turns
-    {"text": ...}                                         loss on everything
-
-A plain text file is one document, cut into blocks of `max_length` tokens.
+Of a prompt and its completion, the completion has a loss; of a conversation, the assistant's turns;
+of a text, everything. `graftlm.rows` says how they are written. A plain text file is one document, cut into blocks of `max_length` tokens.
 """
 
 import copy
 import itertools
-import json
-import os
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, concatenate_datasets, load_dataset, load_from_disk
+from datasets import Dataset, concatenate_datasets
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
-IGNORED = -100
-KINDS = (("messages",), ("prompt", "completion"), ("text",))
-JSON_SUFFIXES = (".jsonl", ".ndjson")
-BATCH = 1000
+from graftlm.rows import JSON_SUFFIXES, Row, as_text, check_values, described, kind_of, read_rows
 
-Row = dict[str, Any]
+IGNORED = -100
+BATCH = 1000
+GENERATION_MARK = re.compile(r"\{%-?\s*generation\b")  # how transformers looks for it
+
 Tokens = tuple[list[int], list[int]]  # input_ids and labels
 
 
@@ -87,110 +81,13 @@ def load_examples(
     path = Path(source)
     if path.is_file() and path.suffix not in JSON_SUFFIXES:
         return collect(text_blocks(path, tokenizer, max_length), source, max_length)
-    rows = read_jsonl(path) if path.suffix in JSON_SUFFIXES else read_dataset(source)
+    rows = read_rows(source)
     if not tokenizer.eos_token_id and tokenizer.eos_token_id != 0:
         warnings.warn(
             "the tokenizer has no end-of-text token, so nothing teaches the model where to stop",
             stacklevel=2,
         )
     return collect(tokenised(rows, tokenizer, completions_only), source, max_length)
-
-
-# ---- rows --------------------------------------------------------------------------------
-
-
-def read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
-    """The rows of a JSONL file, each with where it is."""
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            place = f"{path}, line {number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as exc:
-                raise ValueError(
-                    f"{place}: not valid JSON: {exc.msg} at column {exc.colno}"
-                ) from exc
-            if not isinstance(row, dict):
-                raise ValueError(f"{place}: must be a JSON object, but is {line.strip()[:40]!r}")
-            yield place, row
-
-
-def read_dataset(source: str) -> Iterator[tuple[str, Row]]:
-    """The rows of a data set of the hub or of a folder, each with where it is.
-
-    Raises:
-        ValueError: If there is neither.
-    """
-    name, config, split = (*source.split(":", 2), "", "")[:3]
-    if Path(name).suffix and not os.path.exists(name) and name.count("/") != 1:
-        raise ValueError(f"data {name!r} does not exist")
-    try:
-        if os.path.isdir(name) and any(
-            os.path.exists(os.path.join(name, file)) for file in ("state.json", "dataset_dict.json")
-        ):
-            found = load_from_disk(name)
-            found = found[split or "train"] if isinstance(found, dict) else found
-        else:
-            found = load_dataset(name, config or None, split=split or "train")
-    except (OSError, KeyError, ValueError) as exc:
-        reason = " ".join(str(exc).split())
-        raise ValueError(
-            f"data {source!r} is no file and could not be loaded as a data set: {reason}"
-        ) from exc
-    for number, row in enumerate(found, start=1):
-        yield f"{source}, row {number}", {k: v for k, v in row.items() if v is not None}
-
-
-def kind_of(row: Row, place: str) -> tuple[str, ...]:
-    """The keys that make this row one of the three kinds.
-
-    Raises:
-        ValueError: If it is none of them, or half of one.
-    """
-    for kind in KINDS:
-        if kind[0] in row or kind[-1] in row:
-            for key in kind:
-                if key not in row:
-                    other = next(name for name in kind if name in row)
-                    raise ValueError(f"{place}: has {other!r}, but no {key!r}")
-            return kind
-    keys = ", ".join(map(repr, row)) or "no key"
-    raise ValueError(
-        f"{place}: has {keys}, but needs 'prompt' and 'completion', or 'messages', or 'text'"
-    )
-
-
-def check_values(row: Row, kind: tuple[str, ...], place: str) -> bool:
-    """Whether the values are messages; refuse what is neither text nor messages.
-
-    Raises:
-        ValueError: Naming the key.
-    """
-    for key in kind:
-        value = row[key]
-        if isinstance(value, str) and key != "messages":
-            continue
-        if key == "text" or not isinstance(value, list):
-            wanted = {"text": "a text", "messages": "a list of messages"}
-            raise ValueError(
-                f"{place}: {key!r} is of type {type(value).__name__}, but must be "
-                f"{wanted.get(key, 'a text or a list of messages')}"
-            )
-        for number, message in enumerate(value, start=1):
-            for field in ("role", "content"):
-                if not isinstance(message, Mapping) or field not in message:
-                    raise ValueError(f"{place}: message {number} of {key!r} has no {field!r}")
-        if not value:
-            raise ValueError(f"{place}: {key!r} holds no message")
-    is_chat = {isinstance(row[key], list) for key in kind}
-    if len(is_chat) == 2:
-        raise ValueError(
-            f"{place}: one of 'prompt' and 'completion' is a text and the other a list of "
-            "messages, but both must be of one kind"
-        )
-    return is_chat.pop()
 
 
 # ---- tokens ------------------------------------------------------------------------------
@@ -227,12 +124,6 @@ def tokenised(
             yield text_tokens(row, kind, tokenizer, completions_only)
 
 
-def described(kind: tuple[str, ...], is_chat: bool) -> str:
-    """A kind of row in words."""
-    words = " and ".join(map(repr, kind))
-    return f"{words} as messages" if is_chat and kind != KINDS[0] else words
-
-
 def text_tokens(
     row: Row, kind: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, completions_only: bool
 ) -> Tokens:
@@ -253,7 +144,7 @@ def chat_tokens(
     tools = row.get("tools")
     messages = list(itertools.chain.from_iterable(row[key] for key in kind))
     template = chat_template(tokenizer)
-    if completions_only and kind == ("messages",) and "{% generation" in template.replace("-", " "):
+    if completions_only and kind == ("messages",) and GENERATION_MARK.search(template):
         marked = tokenizer.apply_chat_template(
             messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True
         )
@@ -320,7 +211,7 @@ def text_blocks(
     path: Path, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> Iterator[Tokens]:
     """One document cut into blocks of `max_length` tokens; nothing of it is lost."""
-    text = path.read_text(encoding="utf-8-sig")
+    text = as_text(path.read_bytes(), str(path))
     if not text.strip():
         return
     ids, _ = text_tokens({"text": text}, ("text",), tokenizer, completions_only=False)

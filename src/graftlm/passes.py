@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from graftlm.decoder import hidden_states_of, with_hidden_states
 T = TypeVar("T")
 
 
+@runtime_checkable
 class Bridged(Protocol):
     """What a pass asks of the composed model it runs."""
 

@@ -253,8 +253,9 @@ def parse_connection(entry: Any) -> Connection:
     """
     if isinstance(entry, Connection):
         return entry
-    if isinstance(entry, Mapping) and set(entry) <= {f.name for f in fields(Connection)}:
-        if {"augmenting_layer", "anchor_layer"} <= set(entry):
+    if isinstance(entry, Mapping):
+        layers = {"augmenting_layer", "anchor_layer"}
+        if layers <= set(entry) <= layers | {"augmenting"}:
             return Connection(**entry)
     match = re.fullmatch(r"(?:(\w+):)?(\d+)-(\d+)", entry) if isinstance(entry, str) else None
     if match is None:

@@ -52,14 +52,14 @@ DEFAULTS: dict[str, Any] = {
     "warmup_steps": 0.05,
     "logging_steps": 0.01,
     "logging_first_step": True,
-    "save_steps": 0.05,
+    "save_steps": 0.1,
     "save_total_limit": 2,
     "report_to": "none",
     "remove_unused_columns": False,
     "prediction_loss_only": True,
     "ddp_find_unused_parameters": False,
 }
-EVALUATION_DEFAULTS = {"eval_strategy": "steps", "eval_steps": 0.05}
+EVALUATION_DEFAULTS = {"eval_strategy": "steps", "eval_steps": 0.1}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -216,6 +216,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     values = DEFAULTS | (EVALUATION_DEFAULTS if recipe.evaluates else {})
     if not {"bf16", "fp16", "use_cpu"} & set(recipe.training):
         values["bf16"] = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    values["dataloader_pin_memory"] = torch.cuda.is_available()
     values |= recipe.training
     for name in ("do_train", "do_eval", "do_predict"):
         if name in recipe.training:

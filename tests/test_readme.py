@@ -1,0 +1,34 @@
+"""The examples of the documents run, offline, as they stand there."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_readme_examples_run(tmp_path, monkeypatch, capsys):
+    """One after another, as a reader would paste them."""
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert len(blocks) == 2
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    assert "tensor([[" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "composed").glob("*.safetensors")) == [
+        "model.safetensors"
+    ]
+
+
+def test_readme_example_is_short():
+    first = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert first is not None
+    assert len(first.group(1).splitlines()) <= 20
+
+
+def test_every_file_is_in_the_map():
+    """A newcomer finds each file of the package in README's map."""
+    readme = (ROOT / "README.md").read_text()
+    for path in (ROOT / "src" / "graftlm").glob("*.py"):
+        if not path.name.startswith("_"):
+            assert path.name in readme, f"{path.name} is missing from README's map"
