@@ -74,9 +74,12 @@ def align(
     if position == "distance":
         bias = distance_bias(num_heads, query_positions, key_positions)
         cross_mask = bias.masked_fill(~visible[:, None], torch.finfo(bias.dtype).min)
-    elif readable is None and segments is None and not isinstance(past_length, Tensor):
+    elif readable is None and segments is None and not isinstance(kept_length, Tensor):
         # Plain causal attention, or one query that reads all: the fast kernels need no mask.
-        cross_mask = None if query_length == 1 or key_length == query_length else cross_mask
+        # A static cache has empty slots, which must stay hidden.
+        all_filled = key_length == kept_length + new_length
+        is_plain = all_filled and (query_length == 1 or key_length == query_length)
+        cross_mask = None if is_plain else cross_mask
     return Alignment(
         query_positions=query_positions,
         new_key_positions=torch.arange(new_length, device=device) + kept_length,
@@ -91,11 +94,15 @@ def readable_keys(
     """Which keys hold tokens, and prompt tokens if asked; None if all of them.
 
     Args:
-        attention_mask: (batch, at least `key_length`), 1 for tokens and 0 for padding, or None.
+        attention_mask: (batch, any length), 1 for tokens and 0 for padding, or None. What it
+            does not cover are later slots of a static cache; causality hides them.
         prompt_mask: (batch, any length), 1 for tokens of the prompt, or None to read all.
         key_length: Number of keys.
     """
-    readable = None if attention_mask is None else attention_mask[:, :key_length].bool()
+    readable = None
+    if attention_mask is not None:
+        missing = max(key_length - attention_mask.shape[1], 0)
+        readable = F.pad(attention_mask.bool(), (0, missing), value=True)[:, :key_length]
     if prompt_mask is not None:
         missing = max(key_length - prompt_mask.shape[1], 0)
         prompt = F.pad(prompt_mask.bool(), (0, missing))[:, :key_length]

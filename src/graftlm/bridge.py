@@ -106,8 +106,9 @@ class Bridge(GradientCheckpointingLayer):
             query = rotate(query, query_positions)
         # Without a mask a single query reads all keys; several queries are a first, causal pass.
         is_causal = cross_mask is None and query.shape[2] > 1
-        if cross_mask is not None and cross_mask.is_floating_point():
-            cross_mask = cross_mask.to(query.dtype)
+        if cross_mask is not None:
+            kind = query.dtype if cross_mask.is_floating_point() else torch.bool
+            cross_mask = cross_mask.to(query.device, kind)
         read = F.scaled_dot_product_attention(
             query, keys, values, attn_mask=cross_mask, is_causal=is_causal
         )
@@ -180,7 +181,7 @@ def rotate(
     assert positions is not None
     half = x.shape[-1] // 2
     rates = torch.arange(half, device=x.device, dtype=torch.float32) / half
-    angles = positions.to(torch.float32)[:, None] * torch.exp(-math.log(10_000.0) * rates)
+    angles = positions.to(x.device, torch.float32)[:, None] * torch.exp(-math.log(10_000.0) * rates)
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     first, second = x[..., :half], x[..., half:]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -178,10 +178,11 @@ class ComposedForCausalLM(SavesBridges, GenerationMixin):
             )
         options |= {"labels": labels, "logits_to_keep": logits_to_keep}
         if self.is_anchor_only:
+            cache_name = decoder.cache_name(self.anchor)
             return self.anchor(
                 input_ids=input_ids,
                 return_dict=return_dict,
-                past_key_values=past_key_values,
+                **{cache_name: past_key_values},
                 **decoder.declared_options(
                     self.anchor,
                     options
@@ -208,6 +209,12 @@ class ComposedForCausalLM(SavesBridges, GenerationMixin):
         )
         return output.to_tuple() if return_dict is False else output
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; within `anchor_only` the anchor's own, with its own settings."""
+        if self.is_anchor_only:
+            return self.anchor.generate(*args, **kwargs)
+        return super().generate(*args, **kwargs)
+
     def _prepare_cache_for_generation(  # pyrefly: ignore[bad-override]
         self,
         generation_config: Any,
@@ -220,8 +227,6 @@ class ComposedForCausalLM(SavesBridges, GenerationMixin):
         super()._prepare_cache_for_generation(  # pyrefly: ignore[bad-argument-type]
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
-        if self.is_anchor_only:
-            return
         if self.config.reads == "prompt" and "prompt_mask" not in model_kwargs:
             model_kwargs["prompt_mask"] = torch.ones_like(model_kwargs["position_ids"])
         cache = model_kwargs.get("past_key_values")

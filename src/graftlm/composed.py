@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, StaticCache
+from transformers.cache_utils import Cache, DynamicCache, StaticCache, StaticLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
@@ -233,13 +233,14 @@ class ComposedModel(ComposedPreTrainedModel):
     ) -> None:
         """Capture the hidden states of the tokens one augmenting model has not seen yet."""
         cache, (batch, length) = forward_pass.cache, input_ids.shape
-        is_static = isinstance(attention_mask, dict)
-        past, kept, new = self.count_tokens(name, cache, length, prompt_mask, is_static)
+        layer = None if cache is None else self.bridge_layer(cache, name)
+        past, kept, new = self.count_tokens(name, cache, layer, length, prompt_mask)
         if new:
             view = self.running_view(name)
             self.check_vocabulary(name, view, input_ids)
             arguments = decoder.call_arguments(
                 view,
+                input_ids=input_ids[:, :new],
                 attention_mask=first_columns(part_of(attention_mask, name), new - length),
                 query_length=new,
                 cache=None if cache is None else cache.augmenting[name],
@@ -247,9 +248,9 @@ class ComposedModel(ComposedPreTrainedModel):
             )
             forward_pass.running = name
             with forward_pass, torch.no_grad():
-                view(input_ids=input_ids[:, :new].to(view.device), **arguments)
+                view(**move_to_device(arguments, view.device))
         # A static cache shows its empty slots to the attention too.
-        key_length: Any = self.bridge_layer(cache, name).max_cache_len if is_static else kept + new
+        key_length: Any = layer.max_cache_len if isinstance(layer, StaticLayer) else kept + new
         if key_length == 0:
             return
         segments = None
@@ -272,9 +273,9 @@ class ComposedModel(ComposedPreTrainedModel):
         self,
         name: str,
         cache: ComposedCache | None,
+        layer: Any,
         length: int,
         prompt_mask: Tensor | None,
-        is_static: bool,
     ) -> tuple[int | Tensor, int | Tensor, int]:
         """Tokens before this pass, keys kept from before, and tokens still to be read."""
         prompt_only = self.config.reads == "prompt"
@@ -283,8 +284,7 @@ class ComposedModel(ComposedPreTrainedModel):
             if prompt_only and prompt_length is not None:
                 return 0, 0, min(prompt_length, length)
             return 0, 0, length
-        layer = self.bridge_layer(cache, name)
-        if is_static:
+        if torch.compiler.is_compiling() and isinstance(layer, StaticLayer):
             # Lengths are tensors here. A prompt is read in the first, eager pass only.
             read_before = prompt_only and layer.is_initialized
             past = cache.get_seq_length() if prompt_only else layer.get_seq_length()
@@ -439,6 +439,14 @@ def part_of(masks: Any, name: str) -> Any:
 def first_columns(mask: Any, surplus: int) -> Any:
     """A (batch, past + seq) mask without its last columns; `surplus` is minus their number."""
     return mask[:, :surplus] if surplus and isinstance(mask, Tensor) else mask
+
+
+def move_to_device(arguments: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The arguments of a call to a model that may live on another device."""
+    return {
+        name: value.to(device) if isinstance(value, Tensor) else value
+        for name, value in arguments.items()
+    }
 
 
 def static_length(cache: Cache) -> int | None:

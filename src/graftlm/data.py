@@ -1,7 +1,8 @@
 """Training data: from files and `datasets` names to token ids and labels.
 
-Of a prompt and its completion, the completion has a loss; of a conversation, the assistant's turns;
-of a text, everything. `graftlm.rows` says how they are written. A plain text file is one document, cut into blocks of `max_length` tokens.
+Of a prompt and its completion, the completion has a loss; of a conversation, the assistant's
+turns; of a text, everything. `graftlm.rows` says how they are written. A plain text file is one
+document, cut into blocks of `max_length` tokens.
 """
 
 import copy

@@ -225,10 +225,15 @@ def call_arguments(
         # State-space models mask the new tokens only; a full mask would broadcast silently.
         attention_mask = attention_mask[:, -query_length:] if query_length > 1 else None
     arguments["attention_mask"] = attention_mask
-    arguments["cache_params" if is_recurrent else "past_key_values"] = cache
+    arguments[cache_name(model)] = cache
     # Always explicit: some families do not declare it, and cache by default.
     arguments["use_cache"] = cache is not None
     return arguments
+
+
+def cache_name(model: PreTrainedModel) -> str:
+    """What this model's `forward` calls its cache."""
+    return "cache_params" if is_recurrent_call(model) else "past_key_values"
 
 
 def is_recurrent_call(model: PreTrainedModel) -> bool:
