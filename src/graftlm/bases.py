@@ -68,13 +68,12 @@ def fingerprint(model: PreTrainedModel, *, with_head: bool) -> dict[str, str | N
 
     Returns:
         `dtype`; `weights`, over the bytes as they are; `weights_bfloat16`, over the weights
-        rounded to bfloat16, so that a model can be known again in another precision;
-        `tokenizer`, None if there is none beside the model.
+        rounded to bfloat16, so that a model can be known again in another precision (both None
+        for packed or offloaded weights); `tokenizer`, None if there is none beside the model.
     """
     tokenizer = find_tokenizer(model.config.name_or_path)
-    if decoder.is_quantized(model):
-        exact = rounded = None
-    else:
+    exact = rounded = None
+    if decoder.holds_plain_weights(model):
         exact = weights_hash(model, with_head=with_head)
         rounded = weights_hash(model, with_head=with_head, dtype=torch.bfloat16)
     return {
@@ -157,10 +156,10 @@ def check_base(
         )
     if known.get("weights") is None:
         return
-    if decoder.is_quantized(model):
+    if not decoder.holds_plain_weights(model):
         warnings.warn(
-            f"{role} is quantized, but this checkpoint was made for {known['dtype']} weights; "
-            "they cannot be compared, and results will differ a little",
+            f"{role} is quantized or offloaded, but this checkpoint was made for "
+            f"{known['dtype']} weights; they were not compared, and results may differ a little",
             stacklevel=3,
         )
         return

@@ -83,6 +83,26 @@ class ComposedCache(Cache):
         """Append to a layer of the anchor's cache."""
         return self.anchor.update(key_states, value_states, layer_idx, *args, **kwargs)
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens, in each part as far as it has read them.
+
+        Parts that read only the prompt, or are switched off, are behind the anchor.
+
+        Args:
+            tokens_to_remove: Minus their number, as in transformers.
+        """
+        before = self.get_seq_length()
+        self.anchor.crop(tokens_to_remove)
+        after = self.get_seq_length()
+        for part in (*self.augmenting.values(), self.bridges):
+            layers: list[Any] = part.layers
+            lengths = [x.get_seq_length() for x in layers if isinstance(x, CacheLayerMixin)]
+            for layer in layers:
+                # A recurrent layer does not count, so its neighbours do.
+                counts = isinstance(layer, CacheLayerMixin)
+                seen = layer.get_seq_length() if counts else max(lengths, default=before)
+                layer.crop(-max(seen - after, 0))
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens the anchor has seen; a recurrent anchor does not count, so a bridge does."""
         if any(isinstance(layer, CacheLayerMixin) for layer in self.anchor.layers):

@@ -46,6 +46,12 @@ class ComposedForCausalLM(SavesBridges, GenerationMixin):
             name for name in self.state_dict() if not name.startswith("model.bridges.")
         }
         self.post_init()
+        device_map = decoder.device_map_of(
+            {"model.anchor": anchor}
+            | {f"model.augmenting_{name}": base for name, base in augmenting.items()}
+        )
+        if device_map is not None:
+            self.hf_device_map = device_map  # Trainer and generate ask for it
         self.generation_config = copy.deepcopy(anchor.generation_config)
         self.eval()
 
@@ -231,7 +237,7 @@ class ComposedForCausalLM(SavesBridges, GenerationMixin):
             model_kwargs["prompt_mask"] = torch.ones_like(model_kwargs["position_ids"])
         cache = model_kwargs.get("past_key_values")
         if cache is not None and not isinstance(cache, ComposedCache):
-            composed_cache = self.model.resolve_cache(cache, use_cache=True)
+            composed_cache = self.model.resolve_cache(cache, True, max_cache_length)
             assert composed_cache is not None
             if generation_config.is_assistant:
                 composed_cache.activate_past_recording()

@@ -170,8 +170,16 @@ class ComposedModel(ComposedPreTrainedModel):
         configs = {name: self.running_view(name).config for name in self.augmenting}
         return ComposedCache.around(anchor_cache, configs, len(self.bridges), max_cache_len)
 
-    def resolve_cache(self, cache: Cache | None, use_cache: bool) -> ComposedCache | None:
+    def resolve_cache(
+        self, cache: Cache | None, use_cache: bool, static_length: int = 0
+    ) -> ComposedCache | None:
         """The cache to use in one forward pass: the caller's, a new one, or none.
+
+        Args:
+            cache: The caller's.
+            use_cache: Whether to make one if there is none.
+            static_length: Tokens a static cache must hold, where known; an anchor with nothing
+                but sliding windows reports the window.
 
         Raises:
             ValueError: If the caller's cache was filled by the anchor alone.
@@ -188,7 +196,9 @@ class ComposedModel(ComposedPreTrainedModel):
                 "composed model continues only from a cache it made itself; pass the "
                 "past_key_values it returned, or none"
             )
-        return self.compose_cache(cache, static_length(cache))
+        if not isinstance(cache, StaticCache):
+            return self.compose_cache(cache)
+        return self.compose_cache(cache, max(cache.get_max_length(), static_length))
 
     # ---- one pass ------------------------------------------------------------------------
 
@@ -447,11 +457,6 @@ def move_to_device(arguments: dict[str, Any], device: torch.device) -> dict[str,
         name: value.to(device) if isinstance(value, Tensor) else value
         for name, value in arguments.items()
     }
-
-
-def static_length(cache: Cache) -> int | None:
-    """Tokens a static cache holds, or None for a dynamic one."""
-    return cache.get_max_length() if isinstance(cache, StaticCache) else None
 
 
 def with_cache(output: Any, cache: ComposedCache | None) -> Any:

@@ -272,6 +272,8 @@ def generation_masks(model: PreTrainedModel, **arguments: Any) -> dict[str, Tens
     if not hasattr(owner, "create_masks_for_generate"):
         owner = AutoModelForCausalLM._model_mapping.get(type(model.config), None)
     make = getattr(owner, "create_masks_for_generate", create_masks_for_generate)
+    if "self" in parameters_of(make):  # of a class: Bloom's is a method, others are static
+        make = functools.partial(make, model)
     masks = make(config=text_config(model.config), **arguments)
     if is_recurrent_call(model):
         return {"": None}
@@ -301,9 +303,10 @@ def with_hidden_states(output: Any, hidden_states: Tensor) -> Any:
     return hidden_states
 
 
-def is_quantized(model: PreTrainedModel) -> bool:
-    """Whether a model holds packed weights."""
-    return getattr(model, "hf_quantizer", None) is not None
+def holds_plain_weights(model: PreTrainedModel) -> bool:
+    """Whether the weights are in memory as they were saved, neither packed nor offloaded."""
+    is_quantized = getattr(model, "hf_quantizer", None) is not None
+    return not is_quantized and not any(p.is_meta for p in model.parameters())
 
 
 def trainable_adapters(model: PreTrainedModel) -> list[nn.Module]:
@@ -314,6 +317,20 @@ def trainable_adapters(model: PreTrainedModel) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, peft.BaseTunerLayer)]
 
 
-def device_of(module: nn.Module) -> torch.device:
-    """Where a layer computes: the device of its first parameter."""
-    return next(module.parameters()).device
+def device_of(layer: nn.Module) -> torch.device:
+    """Where a layer computes: where accelerate runs it, or else where its first parameter is."""
+    hook = getattr(layer, "_hf_hook", None)
+    execution_device = getattr(hook, "execution_device", None)
+    if execution_device is not None:
+        return torch.device(execution_device)
+    return next(layer.parameters()).device
+
+
+def device_map_of(parts: dict[str, PreTrainedModel]) -> dict[str, Any] | None:
+    """One device map for several models, named by their place; None if none has one."""
+    merged = {
+        f"{place}.{name}".rstrip("."): device
+        for place, model in parts.items()
+        for name, device in getattr(model, "hf_device_map", {}).items()
+    }
+    return merged or None
