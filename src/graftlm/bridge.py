@@ -156,11 +156,12 @@ class InputNorm(nn.Module):
 def distance_slopes(num_heads: int) -> list[float]:
     """Slope of the distance bias per head, in units of the attention score per token.
 
-    The first quarter of the heads is free of it; the others fall from 1 to 1/128.
+    The first quarter of the heads is free of it; the others fall from 8, which reads hardly
+    anything but the token itself, to 1/16, which reaches over a paragraph.
     """
     free = num_heads // 4
     biased = num_heads - free
-    return [0.0] * free + [2.0 ** (-7 * k / max(biased - 1, 1)) for k in range(biased)]
+    return [0.0] * free + [2.0 ** (3 - 7 * k / max(biased - 1, 1)) for k in range(biased)]
 
 
 def distance_bias(

@@ -103,8 +103,11 @@ class ComposedCache(Cache):
                 seen = layer.get_seq_length() if counts else max(lengths, default=before)
                 layer.crop(-max(seen - after, 0))
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens the anchor has seen; a recurrent anchor does not count, so a bridge does."""
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        """Tokens the anchor has seen, as a tensor if its cache is static.
+
+        A recurrent anchor does not count, so a bridge does.
+        """
         if any(isinstance(layer, CacheLayerMixin) for layer in self.anchor.layers):
             return self.anchor.get_seq_length(layer_idx)
         if not self.anchor.layers:

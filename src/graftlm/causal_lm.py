@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import ModelOutput
 
 from graftlm import decoder
 from graftlm.cache import ComposedCache
@@ -124,7 +124,9 @@ class ComposedForCausalLM(SavesBridges, GenerationMixin):
 
     # ---- training ------------------------------------------------------------------------
 
-    def _set_gradient_checkpointing(self, enable: bool = True, **options: Any) -> None:
+    def _set_gradient_checkpointing(  # pyrefly: ignore[bad-override]
+        self, enable: bool = True, **options: Any
+    ) -> None:
         """As in transformers, for the anchor's layers and the bridges.
 
         Raises:
@@ -155,7 +157,7 @@ class ComposedForCausalLM(SavesBridges, GenerationMixin):
         prompt_mask: Int[Tensor, "batch prompt_seq"] | None = None,
         return_dict: bool | None = None,
         **options: Any,
-    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+    ) -> ModelOutput | tuple[Any, ...]:
         """Predict the next token at every position.
 
         Paper: CALM, section 3.1; every token goes to the anchor and to the augmenting models.
@@ -202,7 +204,7 @@ class ComposedForCausalLM(SavesBridges, GenerationMixin):
         if self.config.reads != "prompt":
             prompt_mask = None
         elif prompt_mask is None and labels is not None:
-            prompt_mask = (labels != -100).cumsum(-1) == 0
+            prompt_mask = ((labels != -100).cumsum(-1) == 0).long()
         output = self.model.run(
             self.anchor,
             input_ids=input_ids,
@@ -218,8 +220,8 @@ class ComposedForCausalLM(SavesBridges, GenerationMixin):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; within `anchor_only` the anchor's own, with its own settings."""
         if self.is_anchor_only:
-            return self.anchor.generate(*args, **kwargs)
-        return super().generate(*args, **kwargs)
+            return self.anchor.generate(*args, **kwargs)  # pyrefly: ignore[not-callable]
+        return super().generate(*args, **kwargs)  # pyrefly: ignore[bad-argument-type]
 
     def _prepare_cache_for_generation(  # pyrefly: ignore[bad-override]
         self,

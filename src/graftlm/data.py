@@ -17,7 +17,16 @@ from typing import Any
 from datasets import Dataset, concatenate_datasets
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
-from graftlm.rows import JSON_SUFFIXES, Row, as_text, check_values, described, kind_of, read_rows
+from graftlm.rows import (
+    JSON_SUFFIXES,
+    TABLE_SUFFIXES,
+    Row,
+    as_text,
+    check_values,
+    described,
+    kind_of,
+    read_rows,
+)
 
 IGNORED = -100
 BATCH = 1000
@@ -70,17 +79,18 @@ def load_examples(
     """Read and tokenise training data.
 
     Args:
-        source: A `.jsonl` file, any other text file, a folder, or a `datasets` name, the last
-            two with `:config` and `:split` behind it where needed, as in `gsm8k:main:test`.
+        source: A `.jsonl` or `.json` file of one object a line, any other text file, a folder, or
+            a `datasets` name; the last two with `:config` and `:split` behind it where needed,
+            as in `gsm8k:main:test`.
         tokenizer: The anchor's. Messages need its chat template.
         max_length: Tokens after which an example is cut.
         completions_only: No loss on prompts and on turns that are not the assistant's.
 
     Raises:
-        ValueError: If a row is not what the module's first lines say; with file and line.
+        ValueError: If a row is not one of the three kinds; with file and line.
     """
     path = Path(source)
-    if path.is_file() and path.suffix not in JSON_SUFFIXES:
+    if path.is_file() and path.suffix not in (*JSON_SUFFIXES, *TABLE_SUFFIXES):
         return collect(text_blocks(path, tokenizer, max_length), source, max_length)
     rows = read_rows(source)
     if not tokenizer.eos_token_id and tokenizer.eos_token_id != 0:
@@ -146,7 +156,7 @@ def chat_tokens(
     messages = list(itertools.chain.from_iterable(row[key] for key in kind))
     template = chat_template(tokenizer)
     if completions_only and kind == ("messages",) and GENERATION_MARK.search(template):
-        marked = tokenizer.apply_chat_template(
+        marked: Any = tokenizer.apply_chat_template(
             messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True
         )
         ids = list(marked["input_ids"])
@@ -154,9 +164,11 @@ def chat_tokens(
         return ids, [i if m else IGNORED for i, m in zip(ids, mask, strict=True)]
 
     def rendered(count: int, opens_turn: bool = False) -> str:
-        return tokenizer.apply_chat_template(
+        text = tokenizer.apply_chat_template(
             messages[:count], tools=tools, tokenize=False, add_generation_prompt=opens_turn
         )
+        assert isinstance(text, str)
+        return text
 
     ids = encode(tokenizer, rendered(len(messages)), add_special_tokens=False)
     if not completions_only:
@@ -275,7 +287,7 @@ def warn_of_losses(examples: Examples, source: str, max_length: int) -> None:
         )
 
 
-def collator(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[Row]], Mapping[str, Any]]:
+def collator(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[Row]], dict[str, Any]]:
     """What makes a batch of examples: padded on the right, no attention and no loss there."""
     padding = copy.deepcopy(tokenizer)  # a saved tokenizer should keep the side of generation
     padding.padding_side = "right"

@@ -31,7 +31,7 @@ UNSUPPORTED = {
 }
 
 
-def check_decoder(model: PreTrainedModel, role: str) -> None:
+def check_decoder(model: nn.Module, role: str) -> None:
     """Refuse, in one sentence, what cannot be composed.
 
     Args:
@@ -70,7 +70,8 @@ def check_decoder(model: PreTrainedModel, role: str) -> None:
 def is_encoder(model: PreTrainedModel) -> bool:
     """Whether positions see later tokens: such a model keeps no cache, or its settings say so."""
     inner, config = trunk(model), text_config(model.config)
-    takes_cache = {"past_key_values", "cache_params"} & parameters_of(type(inner).forward)
+    forward = type(inner).forward
+    takes_cache = declares(forward, "past_key_values") or declares(forward, "cache_params")
     # GPT-NeoX has BERT's flag too, and does not use it.
     is_bert = getattr(config, "is_decoder", True) is False and hasattr(inner, "encoder")
     sees_all = getattr(config, "use_bidirectional_attention", None) in (True, "all")
@@ -170,16 +171,19 @@ def shorten(model: PreTrainedModel, length: int) -> PreTrainedModel:
     return view
 
 
-@functools.cache
-def parameters_of(forward: Any) -> frozenset[str]:
-    """Names of the arguments a `forward` declares."""
-    return frozenset(inspect.signature(forward).parameters)
+signature_of = functools.cache(inspect.signature)
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # the compiler warns of a cached function it would trace
+def declares(forward: Any, name: str) -> bool:
+    """Whether a function has an argument of this name."""
+    return name in signature_of(forward).parameters
+
+
+@torch.compiler.assume_constant_result
 def has_any_option(forward: Any) -> bool:
     """Whether a `forward` takes options it does not declare."""
-    kinds = {p.kind for p in inspect.signature(forward).parameters.values()}
+    kinds = {p.kind for p in signature_of(forward).parameters.values()}
     return inspect.Parameter.VAR_KEYWORD in kinds
 
 
@@ -194,12 +198,13 @@ ONLY_IF_DECLARED = {"attention_mask", "position_ids", "logits_to_keep", "labels"
 
 def declared_options(model: PreTrainedModel, options: dict[str, Any]) -> dict[str, Any]:
     """The options this model's `forward` can take, without those that are None."""
-    declared = parameters_of(type(model).forward)
+    forward = type(model).forward
     anything = takes_any_option(model)
     return {
         name: value
         for name, value in options.items()
-        if value is not None and (name in declared or (anything and name not in ONLY_IF_DECLARED))
+        if value is not None
+        and (declares(forward, name) or (anything and name not in ONLY_IF_DECLARED))
     }
 
 
@@ -238,7 +243,7 @@ def cache_name(model: PreTrainedModel) -> str:
 
 def is_recurrent_call(model: PreTrainedModel) -> bool:
     """Whether this is a state-space model, which calls its cache `cache_params`."""
-    return "cache_params" in parameters_of(type(model).forward)
+    return declares(type(model).forward, "cache_params")
 
 
 def check_checkpointing(model: PreTrainedModel) -> None:
@@ -272,7 +277,7 @@ def generation_masks(model: PreTrainedModel, **arguments: Any) -> dict[str, Tens
     if not hasattr(owner, "create_masks_for_generate"):
         owner = AutoModelForCausalLM._model_mapping.get(type(model.config), None)
     make = getattr(owner, "create_masks_for_generate", create_masks_for_generate)
-    if "self" in parameters_of(make):  # of a class: Bloom's is a method, others are static
+    if declares(make, "self"):  # of a class: Bloom's is a method, others are static
         make = functools.partial(make, model)
     masks = make(config=text_config(model.config), **arguments)
     if is_recurrent_call(model):

@@ -5,13 +5,14 @@ at a model is found here, in one sentence.
 """
 
 import difflib
+import os
 import re
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any, Self, Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
@@ -81,9 +82,12 @@ class Recipe:
         hints = get_type_hints(type(self))
         for name in (f.name for f in fields(self) if f.name not in ("connections", "training")):
             check_type(name, getattr(self, name), hints[name])
+        for name in ("output_dir", "data", "eval_data"):
+            if (path := getattr(self, name)) is not None:  # the dataclass is frozen
+                object.__setattr__(self, name, os.path.expanduser(path))
         if self.connections is not None:
             parsed = tuple(parse_connection(entry) for entry in as_list(self.connections))
-            object.__setattr__(self, "connections", parsed)  # the dataclass is frozen
+            object.__setattr__(self, "connections", parsed)
         check_choice("variant", self.variant, VARIANTS)
         check_choice("reads", self.reads, get_args(Reads))
         check_choice("dtype", self.dtype, ("auto", *DTYPES))
@@ -175,12 +179,12 @@ class Recipe:
         """Plain data, from which `from_mapping` makes an equal recipe."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
-    def changed(self, **changes: Any) -> Self:
+    def changed(self, **changes: Any) -> "Recipe":
         """The same recipe with other values, checked again."""
         return replace(self, **changes)
 
     @classmethod
-    def from_mapping(cls, values: Mapping[str, Any], source: str = "the recipe") -> Self:
+    def from_mapping(cls, values: Mapping[str, Any], source: str = "the recipe") -> "Recipe":
         """The recipe a mapping describes.
 
         Raises:

@@ -16,21 +16,31 @@ from typing import Any
 from datasets import load_dataset, load_from_disk
 
 KINDS = (("messages",), ("prompt", "completion"), ("text",))
-JSON_SUFFIXES = (".jsonl", ".ndjson")
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+TEXT_SUFFIXES = (".txt", ".text", ".md")
+TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".arrow", ".xlsx", ".gz", ".zst", ".zip")
 
 Row = dict[str, Any]
 
 
 def read_rows(source: str) -> Iterator[tuple[str, Row]]:
-    """The rows of a JSONL file, a folder or a `datasets` name, each with its place."""
+    """The rows of a JSONL file, a folder or a `datasets` name, each with its place.
+
+    Raises:
+        ValueError: If it is a file of another kind.
+    """
     path = Path(source)
+    if path.suffix in TABLE_SUFFIXES:
+        raise ValueError(
+            f"data {source!r} is a {path.suffix} file, but must be JSONL or plain text; a folder "
+            "of such files can be read as a data set"
+        )
     return read_jsonl(path) if path.suffix in JSON_SUFFIXES else read_dataset(source)
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
     """The rows of a JSONL file, each with where it is."""
-    if not path.exists():
-        raise ValueError(f"data {str(path)!r} does not exist")
+    check_exists(path)
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
             place = f"{path}, line {number}"
@@ -46,6 +56,16 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
             if not isinstance(row, dict):
                 raise ValueError(f"{place}: must be a JSON object, but is {line.strip()[:40]!r}")
             yield place, row
+
+
+def check_exists(path: Path) -> None:
+    """Refuse a path where nothing is.
+
+    Raises:
+        ValueError: Naming it.
+    """
+    if not path.exists():
+        raise ValueError(f"data {str(path)!r} does not exist")
 
 
 def as_text(raw: bytes, place: str) -> str:
@@ -67,14 +87,15 @@ def read_dataset(source: str) -> Iterator[tuple[str, Row]]:
         ValueError: If there is neither.
     """
     name, config, split = (*source.split(":", 2), "", "")[:3]
-    if Path(name).suffix and not os.path.exists(name) and name.count("/") != 1:
-        raise ValueError(f"data {name!r} does not exist")
+    if Path(name).suffix in TEXT_SUFFIXES or name.startswith((".", "/", "~")):
+        check_exists(Path(name))  # a mistyped path is no name to ask the hub for
+    found: Any
     try:
         if os.path.isdir(name) and any(
             os.path.exists(os.path.join(name, file)) for file in ("state.json", "dataset_dict.json")
         ):
-            found = load_from_disk(name)
-            found = found[split or "train"] if isinstance(found, dict) else found
+            saved: Any = load_from_disk(name)
+            found = saved[split or "train"] if isinstance(saved, dict) else saved
         else:
             found = load_dataset(name, config or None, split=split or "train")
     except (OSError, KeyError, ValueError) as exc:

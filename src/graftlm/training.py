@@ -110,7 +110,7 @@ class Training:
             trainer.train(resume_from_checkpoint=self.checkpoint)
         step = trainer.state.global_step
         if interruption.signal is not None:
-            folder = str(Path(self.arguments.output_dir, f"checkpoint-{step}"))
+            folder = str(Path(self.recipe.output_dir, f"checkpoint-{step}"))
             return Outcome(folder=folder, step=step, metrics={}, stopped_by=interruption.signal)
         metrics = self.final_metrics(trainer)
         trainer.save_model()
@@ -136,7 +136,7 @@ class Training:
 
     def record(self, facts: Mapping[str, Any]) -> None:
         """Note in the output folder what was trained, on what, and how it went."""
-        folder = Path(self.arguments.output_dir)
+        folder = Path(self.recipe.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         counts = {
             "examples": len(self.examples.dataset),
@@ -174,7 +174,7 @@ def prepare(recipe: Recipe, *, resume: bool = False) -> Training:
     arguments = training_arguments(recipe)
     checkpoint = starting_point(recipe, resume=resume)
     check_layers(recipe)
-    tokenizer = AutoTokenizer.from_pretrained(
+    tokenizer: Any = AutoTokenizer.from_pretrained(
         recipe.tokenizer or recipe.anchor, trust_remote_code=recipe.trust_remote_code
     )
     max_length = resolve_max_length(recipe)
@@ -205,7 +205,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     Raises:
         ValueError: If transformers finds a contradiction.
     """
-    values = DEFAULTS | (EVALUATION_DEFAULTS if recipe.evaluates else {})
+    values: dict[str, Any] = DEFAULTS | (EVALUATION_DEFAULTS if recipe.evaluates else {})
     if not {"bf16", "fp16", "use_cpu"} & set(recipe.training):
         values["bf16"] = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     values["dataloader_pin_memory"] = torch.cuda.is_available()
@@ -231,7 +231,7 @@ def check_layers(recipe: Recipe) -> None:
     configs = base_configs(recipe)
     anchor = configs.pop("anchor")
     anchor_layers = anchor.get_text_config(decoder=True).num_hidden_layers
-    connections = recipe.connections or [
+    connections = list(recipe.connections or ()) or [
         connection
         for name, config in configs.items()
         for connection in spaced_connections(

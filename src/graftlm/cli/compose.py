@@ -1,0 +1,45 @@
+"""`graftlm compose`: two or more models into one folder, with untrained bridges."""
+
+import argparse
+
+from graftlm.cli import options
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Models, bridges, and where to."""
+    parser.usage = (
+        "graftlm compose --anchor MODEL --augmenting [NAME=]MODEL --output FOLDER [options]"
+    )
+    options.add_models(parser, required=True)
+    parser.add_argument("--output", metavar="FOLDER", required=True, help="where to save")
+    parser.add_argument("--seed", type=int, default=0, help="of the fresh bridges (default: 0)")
+    options.add_bridges(parser)
+    options.add_loading(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compose, save and show."""
+    from transformers import set_seed
+
+    from graftlm.cli.show import output, show_composition
+    from graftlm.loading import compose
+    from graftlm.recipe import Recipe
+
+    names = (*options.BRIDGE_OPTIONS, "dtype", "device_map", "trust_remote_code")
+    recipe = Recipe.from_mapping(
+        {
+            "anchor": args.anchor,
+            "augmenting": options.named_models(args.augmenting),
+            "data": "none",
+            "output_dir": args.output,
+            **options.given(args, *names),
+        },
+        "the command",
+    )
+    set_seed(args.seed)
+    model = compose(recipe.anchor, recipe.augmenting, **recipe.compose_options())
+    model.save_pretrained(args.output)
+    console = output()
+    show_composition(console, model)
+    console.print(f"saved in {args.output}", markup=False)
+    return 0

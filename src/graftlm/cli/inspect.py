@@ -1,0 +1,85 @@
+"""`graftlm inspect`: what a folder holds, without loading a weight."""
+
+import argparse
+import os
+from typing import Any
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The folder, and the batch to estimate memory for."""
+    parser.usage = "graftlm inspect FOLDER [options]"
+    parser.add_argument("folder", metavar="FOLDER", help="a composed model")
+    parser.add_argument(
+        "--batch-size", type=int, default=8, metavar="N", help="to estimate memory for (default: 8)"
+    )
+    parser.add_argument(
+        "--length", type=int, default=512, metavar="N", help="tokens an example (default: 512)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read the configuration, and show the model it describes."""
+    from graftlm.checkpoint import read_config
+    from graftlm.cli.show import output, show_composition, show_memory
+    from graftlm.sizes import training_memory, unloaded
+
+    console = output()
+    config = read_config(args.folder)
+    show_bases(console, config)
+    model = unloaded(config, bridge_dtype(args.folder))
+    show_composition(console, model)
+    memory = training_memory(
+        model, batch_size=args.batch_size, length=args.length, checkpointing=False
+    )
+    show_memory(console, memory)
+    console.print("All of this is from config.json: no weight was read.", markup=False)
+    return 0
+
+
+def show_bases(console: Any, config: Any) -> None:
+    """The frozen models: what they are, and whether they are where they were."""
+    from graftlm.cli.show import show, table
+
+    shown = table(
+        *("part", "kind", "layers", "width", "from", "found"),
+        numbers=("layers", "width"),
+    )
+    for name, base in {"anchor": config.anchor_config, **config.augmenting_configs}.items():
+        text = base.get_text_config(decoder=True)
+        place = config.bases.get(name, {}).get("name_or_path")
+        shown.add_row(
+            name,
+            base.model_type,
+            str(text.num_hidden_layers),
+            str(text.hidden_size),
+            place or "a loaded model",
+            is_found(place),
+        )
+    show(console, "Models", shown)
+
+
+def is_found(place: str | None) -> str:
+    """Whether a base model is on this machine."""
+    if place is None:
+        return "must be given"
+    if os.path.isabs(place):
+        return "yes" if os.path.isdir(place) else "no"
+    from transformers.utils.hub import cached_file
+
+    options = {"_raise_exceptions_for_missing_entries": False, "local_files_only": True}
+    try:
+        return "yes" if cached_file(place, "config.json", **options) else "not downloaded"
+    except OSError:
+        return "not downloaded"
+
+
+def bridge_dtype(folder: str) -> Any:
+    """The precision of the saved bridges; float32 if their file is absent."""
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(os.path.join(folder, "model.safetensors"), framework="pt") as file:
+            return file.get_tensor(next(iter(file.keys()))).dtype
+    except (OSError, SafetensorError):
+        return torch.float32

@@ -1,0 +1,126 @@
+"""Options that several verbs share."""
+
+import argparse
+from typing import Any
+
+BRIDGE_OPTIONS = (
+    "every",
+    "connections",
+    "variant",
+    "position",
+    "num_heads",
+    "width",
+    "gate",
+    "bias",
+    "reads",
+    "bridge_dtype",
+)
+
+
+def add_models(parser: argparse.ArgumentParser, required: bool) -> None:
+    """The anchor and the augmenting models."""
+    group = parser.add_argument_group("models")
+    group.add_argument("--anchor", metavar="MODEL", required=required, help="path or hub id")
+    group.add_argument(
+        "--augmenting",
+        metavar="[NAME=]MODEL",
+        action="append",
+        required=required,
+        help="path or hub id; repeat it, with names, for several",
+    )
+
+
+def add_loading(parser: argparse.ArgumentParser) -> None:
+    """How base models are loaded."""
+    group = parser.add_argument_group("loading")
+    group.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="precision of the frozen models; by default that of their files",
+    )
+    group.add_argument("--device-map", metavar="MAP", help="as in transformers, such as auto")
+    group.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        default=None,
+        help="run code that comes with the models",
+    )
+
+
+def add_bridges(parser: argparse.ArgumentParser) -> None:
+    """What the bridges look like, and where they are."""
+    group = parser.add_argument_group("bridges")
+    group.add_argument(
+        "--every", type=int, metavar="N", help="connect every N-th augmenting layer (default: 4)"
+    )
+    group.add_argument(
+        "--connect",
+        dest="connections",
+        action="append",
+        metavar="[NAME:]I-J",
+        help="connect augmenting layer I to anchor layer J instead; repeat it for several",
+    )
+    group.add_argument(
+        "--variant",
+        choices=("graftlm", "paper"),
+        help="normalised inputs and known distances (default), or the bare equations",
+    )
+    group.add_argument(
+        "--position",
+        choices=("none", "distance", "rotary"),
+        help="what a bridge knows of positions; by default what the variant says",
+    )
+    group.add_argument(
+        "--num-heads",
+        type=int,
+        metavar="N",
+        help="heads of a bridge (default: the anchor's)",
+    )
+    group.add_argument(
+        "--width",
+        type=int,
+        metavar="N",
+        help="width of a bridge's attention (default: the anchor's)",
+    )
+    group.add_argument(
+        "--gate", action="store_true", default=None, help="scale each update by a learned number"
+    )
+    group.add_argument(
+        "--bias", action="store_true", default=None, help="biases in the bridges' linear maps"
+    )
+    group.add_argument(
+        "--reads",
+        choices=("sequence", "prompt"),
+        help="what the augmenting models get: every token (default), or the prompt only",
+    )
+    group.add_argument(
+        "--bridge-dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="precision of the bridges (default: float32)",
+    )
+
+
+def named_models(entries: list[str] | None) -> dict[str, str] | str | None:
+    """The augmenting models by name; a single one may go without.
+
+    Raises:
+        ValueError: If several lack names, or share one.
+    """
+    if not entries:
+        return None
+    if len(entries) == 1 and "=" not in entries[0]:
+        return entries[0]
+    models: dict[str, str] = {}
+    for entry in entries:
+        name, found, model = entry.partition("=")
+        if not found or not model:
+            raise ValueError(f"--augmenting {entry!r} has no name; several need NAME=MODEL each")
+        if name in models:
+            raise ValueError(f"--augmenting names two models {name!r}")
+        models[name] = model
+    return models
+
+
+def given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """The options among these that were given."""
+    return {name: value for name in names if (value := getattr(args, name)) is not None}

@@ -1,0 +1,539 @@
+"""The command line: every verb, every option, every message and exit status."""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import graftlm
+from graftlm import ComposedForCausalLM
+from graftlm.cli import VERBS, build_parser, main
+from graftlm.cli.help import children, page
+from graftlm.recipe import Recipe
+from tiny import character_tokenizer, save_model, save_pair, sums, write_lines
+
+REPOSITORY = Path(__file__).parents[1]
+# A run of two steps.
+QUICK = ("--max_steps", "2", "--per-device-train-batch-size", "4", "--save_strategy", "no")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    return save_pair(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory, models: tuple[str, str]) -> str:
+    """A composed folder whose bridges are no longer the zero map."""
+    torch.manual_seed(5)
+    model = graftlm.compose(models[0], {"code": models[1]}, every=2, bridge_dtype=torch.float32)
+    for name, weight in model.bridges.named_parameters():
+        if name.endswith("cross_o.weight"):
+            torch.nn.init.normal_(weight, std=2.0)
+    folder = tmp_path_factory.mktemp("opened") / "model"
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> str:
+    return write_lines(tmp_path / "data.jsonl", *sums(12))
+
+
+class Output:
+    """What a command printed."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]):
+        self.capsys = capsys
+
+    def of(self, *words: str, status: int = 0) -> str:
+        found = main(words)
+        captured = self.capsys.readouterr()
+        assert found == status, captured.err
+        return captured.out if status in (0, 1) else captured.err
+
+
+@pytest.fixture
+def output(capsys: pytest.CaptureFixture[str]) -> Output:
+    return Output(capsys)
+
+
+# ---- the command itself ------------------------------------------------------------------
+
+
+def test_help_and_version_load_no_torch() -> None:
+    code = (
+        "import sys, contextlib, io\n"
+        "from graftlm.cli import main\n"
+        "for words in (['--help'], ['--version'], ['train', '--help'], ['compose', '--help']):\n"
+        "    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):\n"
+        "        main(words)\n"
+        "heavy = {'torch', 'transformers', 'rich', 'datasets'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_version_and_module(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"graftlm {graftlm.__version__}\n"
+    run = subprocess.run(
+        [sys.executable, "-m", "graftlm", "--version"], capture_output=True, text=True, check=True
+    )
+    assert run.stdout == f"graftlm {graftlm.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "the following arguments are required: VERB"),
+        (["compse"], "invalid choice: 'compse'"),
+        (["compose", "--anchor", "a"], "required: --augmenting, --output"),
+        (["compose", "--every", "x"], "argument --every: invalid int value: 'x'"),
+        (["generate"], "the following arguments are required: FOLDER"),
+        (["reproduce"], "the following arguments are required: EXPERIMENT"),
+    ],
+)
+def test_wrong_usage_ends_with_2(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_error_is_one_line_unless_debugged(output: Output, tmp_path: Path) -> None:
+    err = output.of("inspect", str(tmp_path), status=2)
+    assert err == f"graftlm: error: {tmp_path} has no config.json; is it a graftlm folder?\n"
+    with pytest.raises(graftlm.CheckpointMismatchError, match="no config.json"):
+        main(["inspect", str(tmp_path), "--debug"])
+    err = output.of("inspect", str(tmp_path), "--quick", status=2)
+    assert err == "graftlm: error: unknown option '--quick'; see graftlm inspect --help\n"
+
+
+def test_unexpected_errors_keep_their_traceback(
+    monkeypatch: pytest.MonkeyPatch, output: Output
+) -> None:
+    def fail_with(error: BaseException) -> None:
+        def run(args: Any) -> int:
+            raise error
+
+        monkeypatch.setattr("graftlm.cli.inspect.run", run)
+
+    fail_with(RuntimeError("our own bug"))
+    with pytest.raises(RuntimeError, match="our own bug"):
+        main(["inspect", "folder"])
+    fail_with(torch.OutOfMemoryError("no memory\nleft"))
+    assert output.of("inspect", "folder", status=2) == "graftlm: error: no memory left\n"
+    fail_with(KeyboardInterrupt())
+    assert output.of("inspect", "folder", status=130) == "graftlm: error: interrupted\n"
+
+
+def test_a_closed_pipe_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(args: Any) -> int:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("graftlm.cli.inspect.run", run)
+    with (tmp_path / "out").open("w") as stdout:
+        monkeypatch.setattr("sys.stdout", stdout)
+        assert main(["inspect", "folder"]) == 141
+    assert capsys.readouterr().err == ""
+
+
+def test_verbose_leaves_the_logs_alone(opened: str, output: Output) -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_info()
+    output.of("inspect", opened, "--verbose")
+    assert logging.get_verbosity() == logging.INFO
+    output.of("inspect", opened)
+    assert logging.get_verbosity() == logging.ERROR
+
+
+def test_the_help_page_is_up_to_date() -> None:
+    expected = (REPOSITORY / "docs" / "cli.md").read_text(encoding="utf-8")
+    assert page() == expected, "run: python -m graftlm.cli.help > docs/cli.md"
+
+
+def test_every_option_is_used_in_a_test() -> None:
+    source = Path(__file__).read_text(encoding="utf-8")
+    ours = [(name, parser) for name, parser in children("graftlm", build_parser())]
+    assert {name.split()[1] for name, _ in ours} == set(VERBS)
+    for name, parser in ours:
+        if name.startswith("graftlm reproduce "):
+            continue  # each experiment tests its own
+        for action in parser._actions:
+            options = set(action.option_strings) - {"-h", "--help"}
+            assert not options or any(f'"{option}"' in source for option in options), options
+
+
+# ---- compose and inspect -----------------------------------------------------------------
+
+
+def test_compose_writes_a_folder_that_loads(
+    models: tuple[str, str], tmp_path: Path, output: Output
+) -> None:
+    anchor, augmenting = models
+    folder = str(tmp_path / "composed")
+    shown = output.of(
+        *("compose", "--anchor", anchor, "--augmenting", augmenting, "--output", folder),
+        *("--every", "2", "--seed", "3", "--num-heads", "2", "--width", "12", "--gate", "--bias"),
+        *("--variant", "paper", "--position", "rotary", "--reads", "prompt"),
+        *("--bridge-dtype", "bfloat16", "--dtype", "bfloat16", "--trust-remote-code"),
+    )
+    assert "augmenting                 1             3      1" in shown
+    assert "position rotary, norm no, gate yes, bias yes; reads prompt." in shown
+    assert shown.endswith(f"saved in {folder}\n")
+    model = ComposedForCausalLM.from_pretrained(folder)
+    assert (
+        sum(p.numel() for p in model.bridges.parameters())
+        == 16 * 24 + 24 + 3 * (24 * 12 + 12) + (12 * 24 + 24) + 1
+    )
+    assert {p.dtype for p in model.bridges.parameters()} == {torch.bfloat16}
+    assert (Path(folder) / "tokenizer.json").is_file()
+
+
+def test_compose_with_given_connections(
+    models: tuple[str, str], tmp_path: Path, output: Output
+) -> None:
+    words = ["compose", "--anchor", models[0], "--output", str(tmp_path / "c")]
+    words += ["--augmenting", f"code={models[1]}", "--augmenting", f"sw={models[1]}"]
+    words += ["--connect", "code:0-1", "--connect", "sw:2-3", "--device-map", "cpu"]
+    assert "code                       0             1      1" in output.of(*words)
+    message = "every is 3 and connections lists 2, but only one"
+    assert message in output.of(*words, "--every", "3", status=2)
+
+
+@pytest.mark.parametrize(
+    ("augmenting", "message"),
+    [
+        (["a", "b"], "--augmenting 'a' has no name; several need NAME=MODEL each"),
+        (["a=x", "a=y"], "--augmenting names two models 'a'"),
+        (["a="], "--augmenting 'a=' has no name; several need NAME=MODEL each"),
+        (
+            ["/no/where"],
+            "augmenting model 'augmenting' is '/no/where', but there is no such folder",
+        ),
+    ],
+)
+def test_compose_refuses(
+    augmenting: list[str], message: str, models: tuple[str, str], tmp_path: Path, output: Output
+) -> None:
+    words = [word for model in augmenting for word in ("--augmenting", model)]
+    words = ["compose", "--anchor", models[0], *words, "--output", str(tmp_path / "c")]
+    assert message in output.of(*words, status=2)
+
+
+def test_inspect_needs_no_base_model(
+    opened: str, models: tuple[str, str], tmp_path: Path, output: Output
+) -> None:
+    shown = output.of("inspect", opened)
+    bridge = 16 * 24 + 4 * 24 * 24 + 24 + 16
+    line = next(line for line in shown.splitlines() if line.startswith("bridges"))
+    assert line.split() == ["bridges", f"{bridge:,}", f"{bridge:,}", "10.9", "kB"]
+    assert "W^O, all bridges            576        576" in shown
+    assert "All of this is from config.json: no weight was read." in shown
+    assert models[1] in shown
+    bigger = output.of("inspect", opened, "--batch-size", "16", "--length", "1024")
+    rough = [line for line in shown.splitlines() if line.startswith("activations")]
+    assert rough != [line for line in bigger.splitlines() if line.startswith("activations")]
+
+    elsewhere = tmp_path / "moved"
+    shutil.copytree(opened, elsewhere)
+    config = json.loads((elsewhere / "config.json").read_text())
+    config["bases"]["anchor"]["name_or_path"] = "/no/where"
+    config["bases"]["code"]["name_or_path"] = None
+    (elsewhere / "config.json").write_text(json.dumps(config))
+    (elsewhere / "model.safetensors").unlink()
+    lines = output.of("inspect", str(elsewhere)).splitlines()
+    assert next(line for line in lines if line.startswith("anchor")).split()[-2:] == [
+        "/no/where",
+        "no",
+    ]
+    assert any(line.rstrip().endswith("a loaded model  must be given") for line in lines)
+    config["bases"]["code"]["name_or_path"] = "some/model"
+    (elsewhere / "config.json").write_text(json.dumps(config))
+    assert "not downloaded" in output.of("inspect", str(elsewhere))
+
+
+# ---- generate ----------------------------------------------------------------------------
+
+
+def expected_text(folder: str, prompt: str, anchor_only: bool = False) -> str:
+    model = ComposedForCausalLM.from_pretrained(folder)
+    tokenizer = character_tokenizer()
+    ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+    length = ids.shape[1]
+    for _ in range(6):
+        with torch.no_grad():
+            logits = (model.anchor if anchor_only else model)(ids).logits
+        ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
+        if ids[0, -1] == tokenizer.eos_token_id:
+            break
+    return str(tokenizer.decode(ids[0, length:], skip_special_tokens=True))
+
+
+def test_generate_streams_the_greedy_continuation(opened: str, output: Output) -> None:
+    shown = output.of("generate", opened, "1+2=", "--max-new-tokens", "6")
+    assert shown == expected_text(opened, "1+2=") + "\n"
+    assert shown != expected_text(opened, "1+2=", anchor_only=True) + "\n"
+    off = output.of("generate", opened, "1+2=", "--max-new-tokens", "6", "--scale", "code=0")
+    assert off == expected_text(opened, "1+2=", anchor_only=True) + "\n"
+
+
+def test_generate_reads_stdin(opened: str, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("1+2=\n"))
+    shown = output.of("generate", opened, "--max-new-tokens", "6")
+    assert shown == expected_text(opened, "1+2=") + "\n"
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr("sys.stdin", Terminal())
+    message = "there is no prompt; write it behind the folder, or pipe it in"
+    assert message in output.of("generate", opened, status=2)
+
+
+def test_generate_compares(opened: str, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("generate", opened, "1+2=", "--compare", "--max-new-tokens", "6")
+    shown = output.of(*words)
+    sections = {
+        part.split(" ==\n")[0]: part.split(" ==\n")[1].removesuffix("\n\n")
+        for part in shown.removeprefix("== ").split("== ")
+        if " ==\n" in part
+    }
+    assert list(sections) == ["anchor", "code", "composed"]
+    assert sections["anchor"] == expected_text(opened, "1+2=", anchor_only=True)
+    assert sections["composed"] == expected_text(opened, "1+2=")
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    shown = output.of(*words)
+    assert "─ anchor ─" in shown
+    assert "─ composed ─" in shown
+
+
+def test_generate_samples_by_seed(opened: str, output: Output) -> None:
+    words = ("generate", opened, "1+2=", "--max-new-tokens", "12")
+    hot = (*words, "--temperature", "5", "--top-p", "0.99", "--top-k", "50")
+    greedy, one = output.of(*words), output.of(*hot, "--seed", "1")
+    assert one == output.of(*hot, "--seed", "1")
+    assert one != output.of(*hot, "--seed", "2")
+    assert one != greedy
+
+
+def test_generate_writes_a_users_turn(opened: str, output: Output, tmp_path: Path) -> None:
+    shown = output.of("generate", opened, "hi", "--chat", "--max-new-tokens", "6")
+    assert shown == expected_text(opened, "<|user|>hi<|end|><|assistant|>") + "\n"
+    folder = tmp_path / "plain"
+    shutil.copytree(opened, folder)
+    character_tokenizer(chat_template=None).save_pretrained(folder)
+    (folder / "chat_template.jinja").unlink()
+    message = "--chat needs a chat template, but the tokenizer has none"
+    assert message in output.of("generate", str(folder), "hi", "--chat", status=2)
+
+
+def test_generate_with_models_from_elsewhere(
+    opened: str, models: tuple[str, str], output: Output, tmp_path: Path
+) -> None:
+    copies = [str(shutil.copytree(model, tmp_path / Path(model).name)) for model in models]
+    words = ["generate", opened, "1+2=", "--max-new-tokens", "6"]
+    words += ["--anchor", copies[0], "--augmenting", f"code={copies[1]}", "--dtype", "float32"]
+    assert output.of(*words) == expected_text(opened, "1+2=") + "\n"
+    words[-3] = f"code={save_model(tmp_path / 'other', seed=9)}"
+    assert "augmenting model 'code' is not the model this checkpoint" in output.of(*words, status=2)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["x", "--scale", "code"], "--scale is 'code', but must be NAME=NUMBER, such as code=0.5"),
+        (["x", "--scale", "sw=1"], "there is no augmenting model 'sw', only 'code'"),
+        ([""], "the prompt is empty, so there is nothing to continue"),
+    ],
+)
+def test_generate_refuses(opened: str, words: list[str], message: str, output: Output) -> None:
+    assert message in output.of("generate", opened, *words, status=2)
+
+
+def test_generate_needs_a_tokenizer(opened: str, output: Output, tmp_path: Path) -> None:
+    folder, anchor = tmp_path / "folder", tmp_path / "anchor"
+    shutil.copytree(opened, folder)
+    config = json.loads((folder / "config.json").read_text())
+    shutil.copytree(config["bases"]["anchor"]["name_or_path"], anchor)
+    for place in (folder, anchor):
+        for path in place.glob("*token*"):
+            path.unlink()
+    message = f"there is no tokenizer in {folder} nor beside the anchor"
+    words = ("generate", str(folder), "x", "--anchor", str(anchor))
+    assert message in output.of(*words, status=2)
+
+
+# ---- verify ------------------------------------------------------------------------------
+
+
+def test_verify_tells_by_its_status(
+    opened: str, models: tuple[str, str], output: Output, tmp_path: Path
+) -> None:
+    shown = output.of("verify", opened, "--seed", "4")
+    assert "no look into the future" in shown
+    assert " hold\n" in shown
+    other = save_model(tmp_path / "other", seed=9)
+    shown = output.of("verify", opened, "--anchor", other, status=1)
+    line = next(line for line in shown.splitlines() if line.startswith("anchor: same weights"))
+    assert line.split()[3] == "NO"
+    assert shown.rstrip().endswith("failed")
+
+
+# ---- train -------------------------------------------------------------------------------
+
+
+def test_train_by_flags(models: tuple[str, str], data: str, tmp_path: Path, output: Output) -> None:
+    folder = str(tmp_path / "out")
+    shown = output.of(
+        *("train", "--anchor", models[0], "--augmenting", models[1], "--data", data),
+        *("--output", folder, "--eval-fraction", "0.25", "--max-length", "40", "--seed", "3"),
+        *("--no-completions-only", "--tokenizer", models[0], "--learning_rate=0.01", *QUICK),
+    )
+    assert "W^O, all bridges" in shown
+    assert "Memory for training, estimated" in shown
+    tokens = sum(len(row["prompt"] + row["completion"]) + 1 for row in sums(12))
+    assert (
+        f"Data: 9 examples, {tokens} tokens, {tokens - 12} of them with a loss; at most 40" in shown
+    )
+    assert "; 3 to evaluate" in shown
+    assert "step 2/2  loss" in shown
+    assert "2 steps done: " in shown
+    assert shown.endswith(f"saved in {folder}\n")
+    recipe = Recipe.from_mapping(json.loads(Path(folder, "training.json").read_text())["recipe"])
+    assert (recipe.completions_only, recipe.tokenizer, recipe.seed) == (False, models[0], 3)
+    assert recipe.training == {
+        "learning_rate": 0.01,
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "save_strategy": "no",
+    }
+
+
+def test_options_go_over_the_recipe(
+    models: tuple[str, str], data: str, tmp_path: Path, output: Output
+) -> None:
+    values = {
+        "anchor": "nowhere",
+        "augmenting": {"code": models[1]},
+        "data": data,
+        "eval_fraction": 0.5,
+        "output_dir": str(tmp_path / "out"),
+        "connections": ["code:0-0"],
+        "training": {"max_steps": 7, "learning_rate": 0.5},
+    }
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(values))
+    shown = output.of(
+        *("train", str(path), "--anchor", models[0], "--every", "3", "--eval-data", data),
+        *("--completions-only", *QUICK),
+    )
+    assert "code                       2             3      1" in shown
+    assert "; 12 to evaluate" in shown
+    record = json.loads((tmp_path / "out" / "training.json").read_text())["recipe"]
+    assert record["training"]["learning_rate"] == 0.5
+    assert record["training"]["max_steps"] == 2
+    assert "eval_fraction" not in record
+
+
+def test_train_resumes(models: tuple[str, str], data: str, tmp_path: Path, output: Output) -> None:
+    words = ["train", "--anchor", models[0], "--augmenting", models[1], "--data", data]
+    words += ["--output", str(tmp_path / "out"), "--max_steps", "2", "--save_steps", "1"]
+    output.of(*words)
+    assert "already holds checkpoint-2; pass --resume" in output.of(*words, status=2)
+    assert f"Resuming from {tmp_path / 'out' / 'checkpoint-2'}\n" in output.of(*words, "--resume")
+
+
+def test_an_interrupted_training_says_how_to_go_on(
+    models: tuple[str, str],
+    data: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import signal
+
+    from transformers import TrainerCallback, trainer
+
+    class Stop(TrainerCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(trainer, "DEFAULT_CALLBACKS", [*trainer.DEFAULT_CALLBACKS, Stop()])
+    words = ["train", "--anchor", models[0], "--augmenting", models[1], "--data", data]
+    words += ["--output", str(tmp_path / "out"), "--max_steps", "5"]
+    assert main(words) == 130
+    shown = capsys.readouterr().out
+    assert f"stopped at step 1; checkpoint in {tmp_path / 'out' / 'checkpoint-1'}\n" in shown
+    assert shown.endswith(f"continue with: graftlm {' '.join(words)} --resume\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--max_stps", "3"], "unknown option '--max_stps', did you mean '--max_steps'?"),
+        (["--max_steps", "many"], "option --max_steps/--max-steps: invalid int value: 'many'"),
+        (["one.yaml", "two.yaml"], "there is one RECIPE at most, not 'one.yaml' and 'two.yaml'"),
+        (["--anchor", "a"], "the command has no 'augmenting', 'data', 'output_dir'; every recipe"),
+        (["none.yaml"], "No such file or directory: 'none.yaml'"),
+        (["--reads", "prompt", "--seed", "1", "--bf16"], "the command has no 'anchor'"),
+    ],
+)
+def test_train_refuses_before_it_loads(words: list[str], message: str, output: Output) -> None:
+    assert message in output.of("train", *words, status=2)
+
+
+@pytest.mark.filterwarnings("default")
+def test_warnings_are_one_line(
+    models: tuple[str, str], data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", "--anchor", models[0], "--augmenting", models[1], "--data", data]
+    words += ["--output", str(tmp_path / "out"), "--max-length", "6", *QUICK]
+    assert main(words) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert f"graftlm: warning: 7 of 12 examples of {data} are longer than max_length 6" in lines[0]
+
+
+def test_the_example_recipe_runs(
+    models: tuple[str, str], tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    shown = output.of(
+        *("train", "examples/train.yaml", "--anchor", models[0], "--max-length", "96"),
+        *("--augmenting", f"specialist={models[1]}", "--output", str(tmp_path / "out"), *QUICK),
+    )
+    assert "Data: 6 examples" in shown
+    assert "2 to evaluate" in shown
+
+
+# ---- reproduce ---------------------------------------------------------------------------
+
+
+def test_reproduce_hands_its_options_over(monkeypatch: pytest.MonkeyPatch, output: Output) -> None:
+    seen = []
+
+    def run(args: Any) -> int:
+        seen.append(args.seeds)
+        return 0
+
+    monkeypatch.setattr("graftlm.reproduce.kv_arithmetic.main", run)
+    output.of("reproduce", "kv-arithmetic", "--seeds", "2")
+    assert seen == [2]
