@@ -15,6 +15,7 @@ from graftlm import (
     Connection,
     checkpoint,
     compose,
+    verify,
 )
 
 VOCABULARY = 53
@@ -135,6 +136,16 @@ def test_another_precision_is_the_same_model(saved):
     """The fingerprint is also taken over the weights rounded to bfloat16."""
     loaded = ComposedForCausalLM.from_pretrained(saved, dtype=torch.bfloat16)
     assert loaded.anchor.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_made_in_a_narrow_precision_and_loaded_in_a_wide_one(dtype, folders):
+    """Rounding float16 once more to bfloat16 is not rounding float32 to bfloat16."""
+    model = compose(folders / "anchor", folders / "code", dtype=dtype)
+    model.save_pretrained(folders / "composed")
+    loaded = ComposedForCausalLM.from_pretrained(folders / "composed")
+    assert loaded.anchor.dtype == torch.float32
+    assert all(check.passed for check in verify(loaded))
 
 
 @pytest.mark.parametrize("part", ["anchor", "code"])

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -163,12 +163,26 @@ def check_base(
             stacklevel=3,
         )
         return
-    same_dtype = str(model.dtype).removeprefix("torch.") == known["dtype"]
-    kind = "weights" if same_dtype else "weights_bfloat16"
-    rounding = None if same_dtype else torch.bfloat16
-    found = weights_hash(model, with_head=with_head, dtype=rounding)
+    kind, dtype = comparable(model, known)
+    found = weights_hash(model, with_head=with_head, dtype=dtype)
     if found != known[kind]:
         raise CheckpointMismatchError(
             f"{role} is not the model this checkpoint was made for: its weights differ "
             f"(SHA-256 {found[:12]}..., the checkpoint says {str(known[kind])[:12]}...)"
         )
+
+
+def comparable(
+    model: PreTrainedModel, known: Mapping[str, str | None]
+) -> tuple[str, torch.dtype | None]:
+    """Which hash of a fingerprint to compare with, and the precision to take ours in.
+
+    Weights made in a narrower type are compared in that type, others rounded to bfloat16, which
+    float32 and bfloat16 survive.
+    """
+    made_in = getattr(torch, known["dtype"] or "")
+    if model.dtype == made_in:
+        return "weights", None
+    if torch.finfo(made_in).bits < torch.finfo(model.dtype).bits:
+        return "weights", made_in
+    return "weights_bfloat16", torch.bfloat16

@@ -115,6 +115,8 @@ class Training:
         metrics = self.final_metrics(trainer)
         trainer.save_model()
         trainer.save_state()
+        # Trainer leaves its arguments as a pickle; what we hand over holds none.
+        Path(self.recipe.output_dir, "training_args.bin").unlink(missing_ok=True)
         if trainer.is_world_process_zero():
             self.record({"state": "finished", "step": step, "metrics": metrics})
         return Outcome(folder=self.recipe.output_dir, step=step, metrics=metrics)

@@ -8,10 +8,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from graftlm.bases import config_difference, fingerprint
+from graftlm.bases import comparable, config_difference, weights_hash
 from graftlm.causal_lm import ComposedForCausalLM
 from graftlm.checkpoint import read_config
 from graftlm.config import ComposedConfig
+from graftlm.decoder import holds_plain_weights
+from graftlm.tokenization import find_tokenizer, tokenizer_fingerprint
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,21 +118,23 @@ def check_fingerprints(model: ComposedForCausalLM) -> list[Check]:
                 detail="" if different is None else f"{different} differs",
             )
         )
-        known = model.config.bases.get(name, {}).get("fingerprint")
-        if known is None:
-            continue
-        found = fingerprint(base, with_head=name == "anchor")
-        kinds = ["weights" if found["dtype"] == known["dtype"] else "weights_bfloat16"]
-        if found["tokenizer"] and known["tokenizer"]:
-            kinds.append("tokenizer")
-        for kind in kinds:
-            checks.append(
-                Check(
-                    claim=f"{name}: same {kind.removesuffix('_bfloat16')}",
-                    passed=found[kind] == known[kind],
-                    detail=f"SHA-256 {str(found[kind])[:12]}...",
-                )
+        known = model.config.bases.get(name, {}).get("fingerprint") or {}
+        found: dict[str, tuple[str, str]] = {}  # what is compared: here, in the checkpoint
+        if known.get("weights") and holds_plain_weights(base):
+            kind, dtype = comparable(base, known)
+            here = weights_hash(base, with_head=name == "anchor", dtype=dtype)
+            found["weights"] = here, known[kind]
+        tokenizer = find_tokenizer(base.config.name_or_path)
+        if tokenizer and known.get("tokenizer"):
+            found["tokenizer"] = tokenizer_fingerprint(tokenizer), known["tokenizer"]
+        checks += [
+            Check(
+                claim=f"{name}: same {what}",
+                passed=here == there,
+                detail=f"SHA-256 {here[:12]}...",
             )
+            for what, (here, there) in found.items()
+        ]
     return checks
 
 
