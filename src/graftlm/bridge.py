@@ -44,6 +44,7 @@ class Bridge(GradientCheckpointingLayer):
         self.num_heads = config.num_heads
         self.head_dim = config.width // config.num_heads
         self.position = config.position
+        self.norm = config.norm
         self.query_norm = InputNorm(anchor_size) if config.norm else nn.Identity()
         self.read_norm = InputNorm(augmenting_size) if config.norm else nn.Identity()
         # The names differ from q_proj, k_proj, ... so that PEFT's usual targets miss them.
@@ -115,6 +116,8 @@ class Bridge(GradientCheckpointingLayer):
         update = self.cross_o(read.transpose(1, 2).flatten(2))  # (batch, seq, d_anchor)
         if self.gate is not None:
             update = update * self.gate.tanh()
+        if self.norm:
+            update = update * root_mean_square(hidden_states)
         return update.to(hidden_states.dtype)
 
     def read(
@@ -151,6 +154,17 @@ class InputNorm(nn.Module):
         """Normalise the last axis to unit root mean square, then scale it by the weight."""
         wide = torch.promote_types(x.dtype, torch.float32)
         return F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), eps=1e-6)
+
+
+def root_mean_square(x: Float[Tensor, "batch seq size"]) -> Float[Tensor, "batch seq 1"]:
+    """Size of each hidden state, in float32 at least: the unit of a normalised bridge's update.
+
+    A unit is not learned from: no gradient flows through it, which at a zero state would be NaN.
+    Without it one learning rate would overwhelm an anchor whose states are small and not move one
+    whose states are large; within one small model they grew 100-fold from first to last layer.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return x.detach().to(wide).square().mean(-1, keepdim=True).sqrt()
 
 
 def distance_slopes(num_heads: int) -> list[float]:
