@@ -71,10 +71,10 @@ def test_padding_is_not_read_and_a_row_of_padding_reads_all_but_counts_for_nothi
 
 
 def test_distance_adds_its_bias_and_hides_the_rest():
-    """Two heads: slopes 8 and 1/16."""
+    """Two heads: slopes 8 and 1/2."""
     mask = aligned(position="distance", query_length=2, new_length=2, key_length=2).cross_mask
     assert mask[0, 0].tolist() == [[0, LOWEST], [-8, 0]]
-    assert mask[0, 1].tolist() == [[0, LOWEST], [-1 / 16, 0]]
+    assert mask[0, 1].tolist() == [[0, LOWEST], [-1 / 2, 0]]
 
 
 def test_distance_counts_from_the_cache_on():

@@ -23,9 +23,9 @@ def bridge_of(**shape: Any) -> Bridge:
     return bridge
 
 
-def test_slopes_fall_from_8_to_a_16th_and_a_quarter_of_the_heads_is_free():
-    assert distance_slopes(10) == [0, 0, 8, 4, 2, 1, 1 / 2, 1 / 4, 1 / 8, 1 / 16]
-    assert distance_slopes(2) == [8, 1 / 16]
+def test_slopes_fall_from_8_to_a_half_and_a_quarter_of_the_heads_is_free():
+    assert distance_slopes(6) == [0, 8, 4, 2, 1, 1 / 2]
+    assert distance_slopes(2) == [8, 1 / 2]
     assert distance_slopes(1) == [8]
 
 
@@ -33,7 +33,7 @@ def test_distance_bias_is_minus_slope_times_tokens_back():
     bias = distance_bias(2, torch.tensor([3, 4]), torch.tensor([0, 2, 4]))
     assert bias.shape == (1, 2, 2, 3)
     assert bias[0, 0].tolist() == [[-24, -8, 8], [-32, -16, 0]]
-    assert bias[0, 1].tolist() == [[-3 / 16, -1 / 16, 1 / 16], [-4 / 16, -2 / 16, 0]]
+    assert bias[0, 1].tolist() == [[-3 / 2, -1 / 2, 1 / 2], [-4 / 2, -2 / 2, 0]]
 
 
 def test_rotate_turns_the_two_halves_by_position():

@@ -303,7 +303,7 @@ def test_training_changes_the_bridges_and_not_a_byte_of_the_bases(model):
     assert not any(p.requires_grad for p in (*anchor.parameters(), *augmenting.parameters()))
     model.train()
     losses = [train_a_step(model, token_ids(3, 11)) for _ in range(5)]
-    assert losses[-1] < losses[0] - 0.01
+    assert losses[-1] < losses[0] - 0.005
     assert (digest(anchor), digest(augmenting)) == before
     for name, parameter in model.bridges.named_parameters():
         assert not torch.equal(parameter, bridges[name]), name

@@ -170,12 +170,12 @@ def root_mean_square(x: Float[Tensor, "batch seq size"]) -> Float[Tensor, "batch
 def distance_slopes(num_heads: int) -> list[float]:
     """Slope of the distance bias per head, in units of the attention score per token.
 
-    The first quarter of the heads is free of it; the others fall from 8, which reads hardly
-    anything but the token itself, to 1/16, which reaches over a paragraph.
+    The first quarter of the heads is free of it and reaches anywhere; the others fall from 8,
+    which reads hardly anything but the token itself, to 1/2, which reads a few words back.
     """
     free = num_heads // 4
     biased = num_heads - free
-    return [0.0] * free + [2.0 ** (3 - 7 * k / max(biased - 1, 1)) for k in range(biased)]
+    return [0.0] * free + [2.0 ** (3 - 4 * k / max(biased - 1, 1)) for k in range(biased)]
 
 
 def distance_bias(
