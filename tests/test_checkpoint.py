@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM
 
+from families import open_bridges
 from graftlm import (
     CheckpointMismatchError,
     ComposedForCausalLM,
@@ -55,10 +56,7 @@ def folders(anchor, augmenting, tmp_path):
 @pytest.fixture
 def model(folders):
     model = compose(folders / "anchor", {"code": folders / "code"}, every=1)
-    torch.manual_seed(3)
-    for bridge in model.bridges:
-        torch.nn.init.normal_(bridge.cross_o.weight, std=0.3)
-    return model
+    return open_bridges(model)
 
 
 @pytest.fixture
@@ -129,7 +127,7 @@ def test_bridges_keep_their_dtype(folders):
     model.save_pretrained(folders / "composed")
     loaded = ComposedForCausalLM.from_pretrained(folders / "composed", dtype=torch.bfloat16)
     assert loaded.anchor.dtype == torch.bfloat16
-    assert loaded.bridges[0].proj.weight.dtype == torch.float32
+    assert {p.dtype for p in loaded.bridges.parameters()} == {torch.float32}
 
 
 def test_another_precision_is_the_same_model(saved):

@@ -21,9 +21,10 @@ def test_readme_examples_run(tmp_path, monkeypatch, capsys):
 
 
 def test_readme_example_is_short():
+    """Fifteen lines and two imports, blank ones not counted."""
     first = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
     assert first is not None
-    assert len(first.group(1).splitlines()) <= 20
+    assert len([line for line in first.group(1).splitlines() if line]) <= 17
 
 
 def test_every_file_is_in_the_map():

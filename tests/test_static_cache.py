@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
 
+from families import open_bridges
 from graftlm import compose
 
 PAD = 0
@@ -24,9 +25,7 @@ def model(request):
         every=1,
         position=request.param,
     )
-    for bridge in model.bridges:
-        torch.nn.init.normal_(bridge.cross_o.weight, std=0.5)
-    return model
+    return open_bridges(model)
 
 
 @pytest.mark.parametrize("reads", ["sequence", "prompt"])

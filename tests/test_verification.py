@@ -1,9 +1,12 @@
 """`verify` measures the claims, and says so when one fails."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
+from families import open_bridges
 from graftlm import ComposedForCausalLM, compose, verification, verify
 
 
@@ -14,12 +17,10 @@ def model():
     anchor = LlamaConfig(hidden_size=16, intermediate_size=19, num_hidden_layers=3, **shape)
     augmenting = LlamaConfig(hidden_size=12, intermediate_size=23, num_hidden_layers=2, **shape)
     model = compose(*(AutoModelForCausalLM.from_config(c) for c in (anchor, augmenting)), every=1)
-    for bridge in model.bridges:
-        torch.nn.init.normal_(bridge.cross_o.weight, std=0.5)
-    return model
+    return open_bridges(model)
 
 
-def results(model):
+def results(model) -> dict[str, Any]:
     return {check.claim: check for check in verify(model)}
 
 
@@ -39,7 +40,7 @@ def test_a_leak_is_found(model, monkeypatch):
     from graftlm import composed
 
     def leaking(**kwargs):
-        alignment = aligned(**kwargs)
+        alignment: Any = aligned(**kwargs)
         object.__setattr__(alignment, "cross_mask", torch.zeros_like(alignment.cross_mask))
         return alignment
 
