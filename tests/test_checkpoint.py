@@ -190,6 +190,12 @@ def test_a_headless_augmenting_model_is_the_same_model(saved, augmenting, model)
     assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
 
 
+@pytest.mark.parametrize("folder", ["nowhere", "./nowhere/at/all", "/nowhere/at/all"])
+def test_a_misspelt_folder_is_not_looked_up_on_the_hub(folder):
+    with pytest.raises(CheckpointMismatchError, match=f"there is no folder '{folder}'"):
+        ComposedForCausalLM.from_pretrained(folder)
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_a_missing_file_is_named(name, saved):
     (saved / name).unlink()

@@ -123,6 +123,8 @@ def find(folder: str, name: str, hub_options: Mapping[str, Any]) -> Path:
         if not path.is_file():
             raise CheckpointMismatchError(f"{folder} has no {name}; is it a graftlm folder?")
         return path
+    if "/" not in folder or folder.startswith((".", "/")):  # no hub id: do not ask the network
+        raise CheckpointMismatchError(f"there is no folder {folder!r}")
     try:
         found = cached_file(folder, name, **hub_options)
     except OSError as error:
