@@ -1,6 +1,7 @@
 """The key-value experiment: exact data, no leaks, parents as good as they claim, and it learns."""
 
 import ast
+import json
 import operator
 import random
 import re
@@ -267,3 +268,29 @@ def test_bridges_learn_in_seconds() -> None:
     )
     assert losses[-1][1] < losses[0][1] / 3
     assert score() >= 60
+
+
+def test_a_whole_run_leaves_its_report(tmp_path, monkeypatch) -> None:
+    """Few steps and expressions; every file is there, and the numbers agree with each other."""
+    monkeypatch.setattr(kv_experiment, "NUM_EXPRESSIONS", 12)
+    results = kv_experiment.run(steps=3, seeds=2, output=tmp_path / "out", console=QUIET)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"report.md", "results.json", "accuracy.png", "curves.png", "attention.png"}
+    saved = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert saved["accuracy"] == results["accuracy"]
+    assert saved["accuracy"]["m_B"]["NUM-MATH numbers"]["mean"] >= 90
+    assert saved["accuracy"]["m_A"]["KV-MATH all-held-out"]["mean"] == 0
+    assert saved["parameters"]["bridges"] == 164_352
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "| KV-MATH | all-held-out | 0.7 | 0.0 | 84.3 |" in report
+
+
+def test_attention_is_that_of_the_bridges() -> None:
+    """Worked out again from what the bridges were given: causal, and its rows add up to one."""
+    augmenting, anchor, tokenizer = kv_parents.load_parents()
+    composed = compose(anchor, augmenting)
+    ids = tokenizer("(<ab>+<q>)->", return_tensors="pt")["input_ids"]
+    (weights,) = kv_evaluation.bridge_attention(composed, ids)
+    assert weights.shape == (4, ids.shape[1], ids.shape[1])
+    torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:2]))
+    assert weights.triu(1).abs().max() == 0

@@ -108,15 +108,18 @@ def look_inside(
     example = max(examples[:20], key=lambda example: example.prompt.count("<"))
     input_ids = tokenizer(example.prompt, return_tensors="pt")["input_ids"].to(composed.device)
     answer = continue_greedily(composed, tokenizer, input_ids, torch.ones_like(input_ids), 16)
+    ends = (answer[0] == tokenizer.eos_token_id).nonzero()
+    answer = answer[:, : int(ends[0])] if len(ends) else answer
+    text = torch.cat([input_ids, answer], dim=1)
     names = [
         f"m_A layer {c.augmenting_layer} to m_B layer {c.anchor_layer}"
         for c in composed.config.connections
     ]
-    maps = [weights.float().cpu().tolist() for weights in bridge_attention(composed, input_ids)]
+    maps = [weights.float().cpu().tolist() for weights in bridge_attention(composed, text)]
     return {
         "maps": list(zip(names, maps, strict=True)),
-        "tokens": tokenizer.convert_ids_to_tokens(input_ids[0].tolist()),
-        "answer": tokenizer.decode(answer[0], skip_special_tokens=True),
+        "tokens": tokenizer.convert_ids_to_tokens(text[0].tolist()),
+        "prompt_length": input_ids.shape[1],
     }
 
 

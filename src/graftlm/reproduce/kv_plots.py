@@ -102,35 +102,36 @@ def plot_curves(results: Mapping[str, Any], path: Path) -> str:
 
 
 def plot_attention(
-    maps: Sequence[tuple[str, Any]], tokens: Sequence[str], answer: str, path: Path
+    maps: Sequence[tuple[str, Any]], tokens: Sequence[str], prompt_length: int, path: Path
 ) -> str:
     """Which of the augmenting model's tokens each bridge reads at each of the anchor's tokens.
 
     Args:
         maps: Per bridge, its name and its attention `(heads, seq, seq)`.
-        tokens: The prompt's tokens.
-        answer: What the composed model went on to say.
+        tokens: Of the prompt and of what the composed model went on to say.
+        prompt_length: How many of them are the prompt.
     """
     figure, panels = plt.subplots(
-        1, len(maps), figsize=(1 + 4.6 * len(maps), 5.6), layout="constrained", squeeze=False
+        1, len(maps), figsize=(1 + 5.6 * len(maps), 6.6), layout="constrained", squeeze=False
     )
-    closing = [i for i, token in enumerate(tokens) if token == ">"]
+    # Positions whose next token is written by the model: the prompt's last one and the answer.
+    writing = slice(prompt_length - 1, len(tokens) - 1)
     for axes, (name, weights) in zip(panels[0], maps, strict=True):
         mean = np.asarray(weights).mean(axis=0)
         axes.imshow(mean, cmap="viridis", vmin=0, vmax=1, aspect="equal")
-        axes.set_xticks(range(len(tokens)), tokens, fontsize=8)
-        axes.set_yticks(range(len(tokens)), tokens, fontsize=8)
+        axes.set_xticks(range(len(tokens)), tokens, fontsize=7, rotation=90)
+        axes.set_yticks(range(len(tokens)), tokens, fontsize=7)
         axes.tick_params(length=0)
-        for place in closing:  # the tokens at which m_A knows a key's value
-            axes.axvline(place, color="white", lw=0.5, alpha=0.5)
-        share = mean[closing][:, closing].sum(axis=1).mean()
+        axes.axhline(prompt_length - 0.5, color="white", lw=0.8)
+        share = np.diagonal(mean)[writing].mean()
         axes.set_title(
-            f"{name}\nat a key's '>', {100 * share:.0f} % goes to a key's '>'", fontsize=10
+            f"{name}\nwhile answering, {100 * share:.0f} % goes to m_A's state of the same token",
+            fontsize=10,
         )
         axes.set_xlabel("m_A's token, read from")
     panels[0][0].set_ylabel("m_B's token, reading")
     figure.colorbar(
         panels[0][0].images[0], ax=list(panels[0]), shrink=0.7, label="attention, mean over heads"
     )
-    figure.suptitle(f"Bridges over held-out keys: {''.join(tokens[1:])}{answer}")
+    figure.suptitle(f"Bridges over held-out keys: {''.join(tokens[1:])}")
     return save(figure, path)
