@@ -7,11 +7,15 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "")
 
 import logging
+import signal
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+# A shell that starts us in the background has Ctrl-C ignored; some tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class NoDeprecation(logging.Handler):
