@@ -25,8 +25,8 @@ from graftlm.config import BridgeConfig
 class Bridge(GradientCheckpointingLayer):
     """Projection and cross-attention of one connection.
 
-    A fresh bridge returns its input bit for bit: W^O (or the gate) starts at zero. That start
-    is ours; the paper names none.
+    A fresh bridge adds exactly nothing: W^O (or the gate) starts at zero. That start is ours; the
+    paper names none.
 
     Args:
         anchor_size: D_B, width of the anchor's hidden states.
