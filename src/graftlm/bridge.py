@@ -161,7 +161,7 @@ def root_mean_square(x: Float[Tensor, "batch seq size"]) -> Float[Tensor, "batch
 
     A unit is not learned from: no gradient flows through it, which at a zero state would be NaN.
     Without it one learning rate would overwhelm an anchor whose states are small and not move one
-    whose states are large; within one small model they grew 100-fold from first to last layer.
+    whose states are large; within one small model they grew 10-fold from first to last layer.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     return x.detach().to(wide).square().mean(-1, keepdim=True).sqrt()
