@@ -36,16 +36,16 @@ def test_a_plain_first_pass_needs_no_mask():
     alignment = aligned()
     assert alignment.cross_mask is None
     assert alignment.any_visible is None
-    assert alignment.query_positions.tolist() == [0, 1, 2, 3]
-    assert alignment.new_key_positions.tolist() == [0, 1, 2, 3]
+    assert alignment.query_positions.tolist() == [[0, 1, 2, 3]]
+    assert alignment.new_key_positions.tolist() == [[0, 1, 2, 3]]
 
 
 def test_one_decoding_step_reads_everything():
     step = {"past_length": 6, "query_length": 1, "kept_length": 6, "new_length": 1}
     alignment = aligned(**step, key_length=7)
     assert alignment.cross_mask is None
-    assert alignment.query_positions.tolist() == [6]
-    assert alignment.new_key_positions.tolist() == [6]
+    assert alignment.query_positions.tolist() == [[6]]
+    assert alignment.new_key_positions.tolist() == [[6]]
 
 
 def test_a_later_chunk_reads_what_was_kept_and_itself():

@@ -30,7 +30,7 @@ def test_slopes_fall_from_8_to_a_half_and_a_quarter_of_the_heads_is_free():
 
 
 def test_distance_bias_is_minus_slope_times_tokens_back():
-    bias = distance_bias(2, torch.tensor([3, 4]), torch.tensor([0, 2, 4]))
+    bias = distance_bias(2, torch.tensor([[3, 4]]), torch.tensor([[0, 2, 4]]))
     assert bias.shape == (1, 2, 2, 3)
     assert bias[0, 0].tolist() == [[-24, -8, 8], [-32, -16, 0]]
     assert bias[0, 1].tolist() == [[-3 / 2, -1 / 2, 1 / 2], [-4 / 2, -2 / 2, 0]]
@@ -39,7 +39,7 @@ def test_distance_bias_is_minus_slope_times_tokens_back():
 def test_rotate_turns_the_two_halves_by_position():
     """Channel c turns with channel c + half; the rates are 1 and 10000^(-1/2) = 0.01."""
     x = torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])[None, None]
-    turned = rotate(x, torch.tensor([3, 3, 2, 2]))[0, 0]
+    turned = rotate(x, torch.tensor([[3, 3, 2, 2]]))[0, 0]
     expected = [
         [math.cos(3), 0, math.sin(3), 0],
         [0, math.cos(0.03), 0, math.sin(0.03)],
@@ -53,7 +53,7 @@ def test_rotated_scores_depend_on_the_distance_only():
     query, key = torch.randn(1, 3, 1, 6), torch.randn(1, 3, 1, 6)
 
     def score(at, other):
-        turned = rotate(query, torch.tensor([at])) * rotate(key, torch.tensor([other]))
+        turned = rotate(query, torch.tensor([[at]])) * rotate(key, torch.tensor([[other]]))
         return turned.sum(-1)
 
     assert_close(score(5, 2), score(41, 38), atol=1e-4, rtol=0)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.testing import assert_close
 from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import Cache
 
 from families import left_padded, open_bridges, positions_of, tiny, tiny_llama, token_ids
 from graftlm import ComposedCache, compose
@@ -78,7 +77,7 @@ def test_a_recurrent_anchor_is_counted_by_a_bridge():
     cache = model.model.compose_cache(DynamicCache(config=model.anchor.config))
     assert cache.get_seq_length() == 0
     assert filled(model, token_ids(2, 7)).get_seq_length() == 7
-    assert ComposedCache(DynamicCache(), {}, Cache(layers=[])).get_seq_length() == 0
+    assert ComposedCache.around(DynamicCache(), {}, {}, {}).get_seq_length() == 0
 
 
 def test_a_cache_is_empty_until_it_holds_something():

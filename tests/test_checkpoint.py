@@ -400,18 +400,6 @@ def test_a_tokenizer_that_changed_is_refused(folders, model):
         ComposedForCausalLM.from_pretrained(folders / "composed")
 
 
-def test_other_tokenizers_cannot_be_composed(folders):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    for part, words in (("anchor", ["?", "The", "fox"]), ("code", ["?", "fox", "The"])):
-        inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "?"))
-        inner.pre_tokenizer = pre_tokenizers.Whitespace()
-        PreTrainedTokenizerFast(tokenizer_object=inner).save_pretrained(folders / part)
-    with pytest.raises(ValueError, match="augmenting model 'code' splits text into other tokens"):
-        compose(folders / "anchor", {"code": folders / "code"})
-
-
 def test_a_llama_is_no_llama_with_other_shapes(saved, augmenting):
     other = LlamaForCausalLM(
         LlamaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1)

@@ -7,7 +7,8 @@ import datasets
 import pytest
 from datasets import Dataset, DatasetDict
 
-from graftlm.data import Examples, collator, load_examples
+from graftlm.collation import padding_collator
+from graftlm.data import Examples, load_examples
 from tiny import CHAT_TEMPLATE, MARKED_TEMPLATE, character_tokenizer, sums, write_lines
 
 
@@ -287,7 +288,7 @@ def test_batches_are_padded_on_the_right(special: dict[str, Any]) -> None:
         {"input_ids": [9, 8, 7], "labels": [-100, 8, 7]},
         {"input_ids": [6], "labels": [6]},
     ]
-    batch = collator(tokenizer)(rows)
+    batch = padding_collator(tokenizer)(rows)
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch["labels"].tolist() == [[-100, 8, 7], [6, -100, -100]]
     assert batch["input_ids"][0].tolist() == [9, 8, 7]

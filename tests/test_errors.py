@@ -17,6 +17,7 @@ from graftlm import (
     compose,
 )
 from graftlm.config import spaced_connections
+from two_tokenizers import byte_tokenizer, compose_pair, word_tokenizer
 
 
 def one(**changes: Any) -> list[Connection]:
@@ -152,12 +153,15 @@ def test_a_mask_of_the_wrong_kind(model):
 
 
 def test_a_token_that_an_augmenting_model_does_not_have():
-    model = compose(tiny_llama(), {"code": tiny("gpt2", vocab_size=41)})
-    ids = token_ids(2, 5).clamp(max=40)
+    """Both have rows for more tokens than the tokenizer has; no text has such a token."""
+    anchor, code = tiny_llama(vocab_size=340), tiny("gpt2", vocab_size=330)
+    ours = byte_tokenizer()
+    model = compose(anchor, {"code": code}, tokenizer=ours, augmenting_tokenizers=ours)
+    ids = token_ids(2, 5)
     assert model(ids).logits.isfinite().all()
-    ids[1, 3] = 41
+    ids[1, 3] = 330
     with pytest.raises(
-        ValueError, match="token 41, but augmenting model 'code' has tokens 0 to 40"
+        ValueError, match="token 330, but augmenting model 'code' has tokens 0 to 329 only, and so"
     ):
         model(ids)
 
@@ -220,3 +224,77 @@ def test_caches_for_one_model_only(model):
 def test_the_part_without_a_head_cannot_be_saved(model, tmp_path):
     with pytest.raises(TypeError, match="a ComposedModel cannot be saved; save the ComposedForC"):
         model.model.save_pretrained(tmp_path)
+
+
+# ---- tokenizers --------------------------------------------------------------------------
+
+
+def pair_of_models():
+    sizes = (len(byte_tokenizer()), len(word_tokenizer()))
+    return [tiny("llama", seed, vocab_size=size) for seed, size in enumerate(sizes)]
+
+
+def test_alignments_that_do_not_exist():
+    with pytest.raises(ValueError, match="alignment is 'greedy', but must be 'auto', 'identity'"):
+        compose(*pair_of_models(), alignment="greedy")
+    model = compose(*pair_of_models())
+    with pytest.raises(ValueError, match="alignment of 'augmenting' is 'auto', but must be 'ident"):
+        ComposedConfig(**model.config.to_dict() | {"alignments": {"augmenting": "auto"}})
+
+
+def test_alignments_that_the_tokenizers_do_not_allow():
+    models, tokenizers = pair_of_models(), {"tokenizer": byte_tokenizer()}
+    with pytest.raises(ValueError, match="but augmenting model 'augmenting' has no tokenizer besi"):
+        compose(*models, alignment="committed", **tokenizers)
+    with pytest.raises(ValueError, match="but the anchor has no tokenizer beside it"):
+        compose(*models, alignment="committed")
+    tokenizers["augmenting_tokenizers"] = word_tokenizer()
+    with pytest.raises(ValueError, match="is 'identity', but augmenting model 'augmenting' splits"):
+        compose(*models, alignment="identity", **tokenizers)
+
+
+def test_tokenizers_that_fit_no_model():
+    anchor, other = pair_of_models()
+    with pytest.raises(ValueError, match="names 'cod', but there is only code"):
+        compose(anchor, {"code": other}, augmenting_tokenizers={"cod": word_tokenizer()})
+    with pytest.raises(ValueError, match="is one tokenizer, but there are 2 augmenting models: a"):
+        compose(anchor, {"a": other, "b": other}, augmenting_tokenizers=word_tokenizer())
+
+
+def test_tokenizers_that_are_not_there():
+    model = compose_pair()
+    model.set_tokenizers(None, {})
+    with pytest.raises(ValueError, match="'augmenting' has a tokenizer of its own, but the tokeni"):
+        model(token_ids(1, 4))
+
+
+def test_inputs_prepared_for_another_composition():
+    with pytest.raises(ValueError, match="augmenting_inputs lacks augmenting model 'augmenting'"):
+        compose_pair()(token_ids(1, 4), augmenting_inputs={})
+
+
+def test_a_model_of_other_tokens_that_was_switched_off():
+    model = compose_pair()
+    model.set_scale("augmenting", 0)
+    cache = model(token_ids(1, 4), use_cache=True).past_key_values
+    model.set_scale("augmenting", 1)
+    with pytest.raises(ValueError, match="holds 4 tokens, of which .* has read 0, so it cannot re"):
+        model(token_ids(1, 2), past_key_values=cache)
+
+
+def test_a_recurrent_model_cannot_take_tokens_back():
+    model = compose_pair("llama", "mamba", alignment="char_end")
+    assert model(token_ids(1, 4), use_cache=False).logits.isfinite().all()
+    with pytest.raises(ValueError, match="'augmenting' is recurrent and cannot take tokens back"):
+        model(token_ids(1, 4), use_cache=True)
+
+
+def test_hidden_states_beyond_float16():
+    anchor, augmenting = tiny("llama", 1), tiny("llama", 2).half()
+    with torch.no_grad():  # each layer adds about this much to the residual stream
+        for layer in augmenting.model.layers:
+            layer.mlp.down_proj.weight.fill_(60_000.0)
+            layer.mlp.up_proj.weight.fill_(60.0)
+    model = compose(anchor, augmenting, every=1)
+    with pytest.raises(ValueError, match="beyond the range of float16; load it in bfloat16 or flo"):
+        model(token_ids(1, 4))

@@ -1,18 +1,20 @@
-"""Which augmenting positions each anchor position may read, when both models share the tokens.
+"""Which augmenting positions each anchor position may read.
 
 The paper says nothing about the mask. Its decoding (section 3.1) forces it: at step t the
-augmenting model has seen x_1..x_t only, so position t reads augmenting positions up to t.
+augmenting model has seen x_1..x_t only. With shared tokens, position t reads augmenting positions
+up to t (`align`); with tokens of its own, those that x_1..x_t settle (`align_by_rank`).
 """
 
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Real
 from torch import Tensor
 
+from graftlm.augmenting_tokens import AugmentingTokens
 from graftlm.bridge import distance_bias
-from graftlm.config import Position
+from graftlm.config import DistanceUnit, Position
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,15 +22,15 @@ class Alignment:
     """What the bridges of one augmenting model need to know about positions in one forward pass.
 
     Args:
-        query_positions: Slots of the anchor tokens of this pass.
-        new_key_positions: Slots of the augmenting tokens that were run in this pass.
+        query_positions: Positions of the anchor tokens of this pass, counted in tokens.
+        new_key_positions: Positions of the augmenting tokens that were run in this pass.
         cross_mask: See `Bridge.forward`.
         any_visible: False where a position may read nothing; its update is dropped. None if
             every position reads something.
     """
 
-    query_positions: Int[Tensor, " seq"]
-    new_key_positions: Int[Tensor, " new_seq"]
+    query_positions: Real[Tensor, "#batch seq"]
+    new_key_positions: Real[Tensor, "#batch new_seq"]
     cross_mask: Tensor | None
     any_visible: Bool[Tensor, "#batch seq 1"] | None
 
@@ -72,7 +74,7 @@ def align(
 
     cross_mask: Tensor | None = visible[:, None]  # (#batch, 1, seq, aug_seq)
     if position == "distance":
-        bias = distance_bias(num_heads, query_positions, key_positions)
+        bias = distance_bias(num_heads, query_positions[None], key_positions[None])
         cross_mask = bias.masked_fill(~visible[:, None], torch.finfo(bias.dtype).min)
     elif readable is None and segments is None and not isinstance(kept_length, Tensor):
         # Plain causal attention, or one query that reads all: the fast kernels need no mask.
@@ -81,8 +83,50 @@ def align(
         is_plain = all_filled and (query_length == 1 or key_length == query_length)
         cross_mask = None if is_plain else cross_mask
     return Alignment(
+        query_positions=query_positions[None],
+        new_key_positions=torch.arange(new_length, device=device)[None] + kept_length,
+        cross_mask=cross_mask,
+        any_visible=any_visible,
+    )
+
+
+CHARACTERS_A_TOKEN = 4  # of English text; what a distance of one token stands for
+
+
+def align_by_rank(
+    tokens: AugmentingTokens,
+    ranks: Int[Tensor, "batch aug_seq"],
+    ends: Int[Tensor, "batch aug_seq"],
+    *,
+    position: Position,
+    unit: DistanceUnit,
+    num_heads: int,
+) -> Alignment:
+    """Let each anchor token read the augmenting tokens that the text up to it settles.
+
+    Args:
+        tokens: What is read in this pass.
+        ranks, ends: Number in the row (-1 for holes) and end in characters of every key, the
+            new ones last.
+        position, unit, num_heads: Of the bridges.
+    """
+    rank = ranks[:, None, :]
+    visible = (rank >= tokens["hidden"][:, :, None]) & (rank < tokens["visible"][:, :, None])
+    any_visible = visible.any(-1, keepdim=True)
+    visible = visible | ~any_visible  # an empty row would be NaN; its update is dropped
+    if unit == "characters":
+        query_positions = tokens["chars"] / CHARACTERS_A_TOKEN
+        key_positions = ends / CHARACTERS_A_TOKEN
+    else:
+        query_positions, key_positions = tokens["visible"] - 1, ranks
+    cross_mask: Tensor = visible[:, None]
+    if position == "distance":
+        bias = distance_bias(num_heads, query_positions, key_positions)
+        cross_mask = bias.masked_fill(~cross_mask, torch.finfo(bias.dtype).min)
+    num_new = tokens["ranks"].shape[1]
+    return Alignment(
         query_positions=query_positions,
-        new_key_positions=torch.arange(new_length, device=device) + kept_length,
+        new_key_positions=key_positions[:, key_positions.shape[1] - num_new :],
         cross_mask=cross_mask,
         any_visible=any_visible,
     )

@@ -8,9 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from graftlm import decoder
+from graftlm import decoder, gguf
 from graftlm.errors import CheckpointMismatchError
 from graftlm.tokenization import find_tokenizer, tokenizer_fingerprint
 
@@ -35,9 +40,10 @@ def load_base(base: Base, role: str, **options: Any) -> PreTrainedModel:
     """A loaded model, checked to be a decoder we can compose.
 
     Args:
-        base: A loaded model, a path or a hub id.
+        base: A loaded model, a path (of a folder or a GGUF file) or a hub id.
         role: How a message names it, such as "the anchor".
-        options: For `from_pretrained`; those that are None are left out.
+        options: For `from_pretrained`; those that are None are left out. A GGUF file is
+            converted in `cache_dir`.
 
     Raises:
         UnsupportedModelError: If it is not such a decoder.
@@ -45,33 +51,39 @@ def load_base(base: Base, role: str, **options: Any) -> PreTrainedModel:
     """
     if isinstance(base, (str, os.PathLike)):
         path = os.fspath(base)
-        if (os.path.isabs(path) or path.startswith(".")) and not os.path.isdir(path):
+        folder = gguf.resolve(path, options.get("cache_dir"))
+        if (os.path.isabs(path) or path.startswith(".")) and not os.path.isdir(folder):
             raise ValueError(f"{role} is {path!r}, but there is no such folder")
         given = {name: value for name, value in options.items() if value is not None}
-        base = AutoModelForCausalLM.from_pretrained(path, **given)
+        base = AutoModelForCausalLM.from_pretrained(folder, **given)
+        if folder != path:  # so that it is found again when the converted copy is gone
+            base.config.name_or_path = os.path.abspath(path)
     decoder.check_decoder(base, role)
     return base
 
 
 def reference(model: PreTrainedModel) -> str | None:
-    """Where a model came from: its hub id, or the absolute path of its folder."""
+    """Where a model came from: its hub id, or the absolute path of its folder or GGUF file."""
     name = model.config.name_or_path
-    return os.path.abspath(name) if name and os.path.isdir(name) else name or None
+    return os.path.abspath(name) if name and os.path.exists(name) else name or None
 
 
-def fingerprint(model: PreTrainedModel, *, with_head: bool) -> dict[str, str | None]:
+def fingerprint(
+    model: PreTrainedModel, *, with_head: bool, tokenizer: PreTrainedTokenizerBase | None = None
+) -> dict[str, str | None]:
     """What tells a base model from any other: hashes over its weights and its tokenizer.
 
     Args:
         model: The base model.
         with_head: Whether its head matters, as the anchor's does.
+        tokenizer: Its tokenizer; by default the one beside it.
 
     Returns:
         `dtype`; `weights`, over the bytes as they are; `weights_bfloat16`, over the weights
         rounded to bfloat16, so that a model can be known again in another precision (both None
         for packed or offloaded weights); `tokenizer`, None if there is none beside the model.
     """
-    tokenizer = find_tokenizer(model.config.name_or_path)
+    tokenizer = tokenizer or find_tokenizer(model.config.name_or_path)
     exact = rounded = None
     if decoder.holds_plain_weights(model):
         exact = weights_hash(model, with_head=with_head)
@@ -126,6 +138,7 @@ def check_base(
     known: dict[str, str | None] | None,
     *,
     with_head: bool,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> None:
     """Refuse a base model that is not the one a checkpoint was made for.
 
@@ -135,6 +148,7 @@ def check_base(
         config: Its configuration in the checkpoint.
         known: Its `fingerprint` in the checkpoint, or None.
         with_head: Whether its head matters.
+        tokenizer: Its tokenizer; by default the one beside it.
 
     Raises:
         CheckpointMismatchError: Saying whether the configuration, the weights or the tokenizer
@@ -148,7 +162,7 @@ def check_base(
             f"{different}={here.get(different)!r}, the checkpoint says {there.get(different)!r}"
         )
     known = known or {}
-    tokenizer = find_tokenizer(model.config.name_or_path)
+    tokenizer = tokenizer or find_tokenizer(model.config.name_or_path)
     if tokenizer and known.get("tokenizer") not in (None, tokenizer_fingerprint(tokenizer)):
         raise CheckpointMismatchError(
             f"{role} is not the model this checkpoint was made for: its tokenizer at "

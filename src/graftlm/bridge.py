@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Real
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -75,8 +75,8 @@ class Bridge(GradientCheckpointingLayer):
         cross_mask: Bool[Tensor, "#batch 1 seq aug_seq"]
         | Float[Tensor, "#batch heads seq aug_seq"]
         | None = None,
-        query_positions: Int[Tensor, " seq"] | None = None,
-        key_positions: Int[Tensor, " new_seq"] | None = None,
+        query_positions: Real[Tensor, "#batch seq"] | None = None,
+        key_positions: Real[Tensor, "#batch new_seq"] | None = None,
         past_key_values: Cache | None = None,
     ) -> Float[Tensor, "batch seq d_anchor"]:
         """The update f_cross: what the anchor's hidden states read from one augmenting layer.
@@ -123,7 +123,7 @@ class Bridge(GradientCheckpointingLayer):
     def read(
         self,
         augmenting_states: Float[Tensor, "batch new_seq d_aug"],
-        key_positions: Int[Tensor, " new_seq"] | None = None,
+        key_positions: Real[Tensor, "#batch new_seq"] | None = None,
     ) -> tuple[
         Float[Tensor, "batch heads new_seq head_dim"], Float[Tensor, "batch heads new_seq head_dim"]
     ]:
@@ -180,23 +180,26 @@ def distance_slopes(num_heads: int) -> list[float]:
 
 def distance_bias(
     num_heads: int,
-    query_positions: Int[Tensor, " seq"],
-    key_positions: Int[Tensor, " aug_seq"],
-) -> Float[Tensor, "1 heads seq aug_seq"]:
+    query_positions: Real[Tensor, "#batch seq"],
+    key_positions: Real[Tensor, "#batch aug_seq"],
+) -> Float[Tensor, "#batch heads seq aug_seq"]:
     """What "distance" adds to the scores: minus slope times how far back a key lies."""
-    distance = query_positions[:, None] - key_positions[None, :]
+    distance = query_positions[:, :, None] - key_positions[:, None, :]
     slopes = torch.tensor(distance_slopes(num_heads), device=distance.device)
-    return (-slopes[:, None, None] * distance)[None]
+    return -slopes[:, None, None] * distance[:, None]
 
 
 def rotate(
-    x: Float[Tensor, "batch heads seq head_dim"], positions: Int[Tensor, " seq"] | None
+    x: Float[Tensor, "batch heads seq head_dim"], positions: Real[Tensor, "#batch seq"] | None
 ) -> Float[Tensor, "batch heads seq head_dim"]:
     """Turn pairs of channels by angles that grow with the position (rotary embedding)."""
     assert positions is not None
     half = x.shape[-1] // 2
     rates = torch.arange(half, device=x.device, dtype=torch.float32) / half
-    angles = positions.to(x.device, torch.float32)[:, None] * torch.exp(-math.log(10_000.0) * rates)
+    turns = torch.exp(-math.log(10_000.0) * rates)
+    angles = (
+        positions.to(x.device, torch.float32)[:, None, :, None] * turns
+    )  # (batch, 1, seq, half)
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     first, second = x[..., :half], x[..., half:]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -7,6 +7,7 @@ and values a bridge makes of it: caching them is exact.
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import (
     Cache,
@@ -18,6 +19,8 @@ from transformers.cache_utils import (
 )
 from transformers.configuration_utils import PreTrainedConfig
 
+from graftlm.augmenting_tokens import ReadingCache
+
 
 class ComposedCache(Cache):
     """What a composed model remembers between decoding steps.
@@ -27,46 +30,61 @@ class ComposedCache(Cache):
 
     Args:
         anchor: The anchor's cache.
-        augmenting: Each augmenting model's cache, by name.
+        augmenting: Each augmenting model's cache, by name, if it reads the anchor's tokens.
+        readings: Each other augmenting model's, with what it has read of the text.
         bridges: One layer per connection, holding the keys and values after the projection.
+        bridges_of: The layers of `bridges` that read each augmenting model.
     """
 
     layer_class_to_replicate = None
     offloading = False
 
-    def __init__(self, anchor: Cache, augmenting: dict[str, Cache], bridges: Cache):
+    def __init__(
+        self,
+        anchor: Cache,
+        augmenting: dict[str, Cache],
+        readings: dict[str, ReadingCache],
+        bridges: Cache,
+        bridges_of: dict[str, list[int]],
+    ):
         self.anchor = anchor
         self.augmenting = augmenting
+        self.readings = readings
         self.bridges = bridges
+        self.bridges_of = bridges_of
 
     @classmethod
     def around(
         cls,
         anchor: Cache,
         augmenting_configs: dict[str, PreTrainedConfig],
-        num_bridges: int,
+        readings: dict[str, ReadingCache],
+        bridges_of: dict[str, list[int]],
         max_cache_len: int | None = None,
     ) -> "ComposedCache":
         """Build the other parts around an empty cache of the anchor.
 
         Args:
             anchor: The anchor's empty cache.
-            augmenting_configs: Of the augmenting models as they are run, shortened.
-            num_bridges: Number of connections.
-            max_cache_len: Tokens a static cache holds; None makes dynamic ones.
+            augmenting_configs: Of the augmenting models that read the anchor's tokens, as they
+                are run, shortened.
+            readings: Empty ones of the others.
+            bridges_of: The connections that read each augmenting model.
+            max_cache_len: Tokens a static cache holds; None makes dynamic ones. How many tokens
+                of its own an augmenting model reads is not known beforehand, so these stay dynamic.
         """
         caches: dict[str, Cache]
-        layers: list[Any]
+        layers: list[Any] = [DynamicLayer() for indices in bridges_of.values() for _ in indices]
         if max_cache_len is None:
             caches = {name: DynamicCache(config=c) for name, c in augmenting_configs.items()}
-            layers = [DynamicLayer() for _ in range(num_bridges)]
         else:
             caches = {
                 name: StaticCache(config=c, max_cache_len=max_cache_len)
                 for name, c in augmenting_configs.items()
             }
-            layers = [StaticLayer(max_cache_len=max_cache_len) for _ in range(num_bridges)]
-        return cls(anchor, caches, Cache(layers=layers))
+            for index in (index for name in caches for index in bridges_of[name]):
+                layers[index] = StaticLayer(max_cache_len=max_cache_len)
+        return cls(anchor, caches, readings, Cache(layers=layers), bridges_of)
 
     @property
     def layers(self) -> list[Any]:  # pyrefly: ignore[bad-override]
@@ -94,14 +112,49 @@ class ComposedCache(Cache):
         before = self.get_seq_length()
         self.anchor.crop(tokens_to_remove)
         after = self.get_seq_length()
-        for part in (*self.augmenting.values(), self.bridges):
-            layers: list[Any] = part.layers
+        shared: list[Any] = [
+            self.bridges.layers[i] for name in self.augmenting for i in self.bridges_of[name]
+        ]
+        parts: list[list[Any]] = [*(part.layers for part in self.augmenting.values()), shared]
+        for layers in parts:
             lengths = [x.get_seq_length() for x in layers if isinstance(x, CacheLayerMixin)]
             for layer in layers:
                 # A recurrent layer does not count, so its neighbours do.
                 counts = isinstance(layer, CacheLayerMixin)
                 seen = layer.get_seq_length() if counts else max(lengths, default=before)
                 layer.crop(-max(seen - after, 0))
+        for name, reading in self.readings.items():
+            self.drop_slots(name, reading.crop(max(reading.num_columns - after, 0)))
+
+    def drop_slots(self, name: str, number: int) -> None:
+        """Forget the last keys and values of one augmenting model's bridges."""
+        for index in self.bridges_of[name] if number else ():
+            layer: Any = self.bridges.layers[index]
+            layer.crop(-number)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Put the rows of each beam where it now is."""
+        super().reorder_cache(beam_idx)  # pyrefly: ignore[bad-argument-type]
+        for reading in self.readings.values():
+            reading.select(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        super().batch_repeat_interleave(repeats)
+        for reading in self.readings.values():
+            reading.select([row for row in range(len(reading.readings)) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows."""
+        super().batch_select_indices(indices)
+        for reading in self.readings.values():
+            reading.select(torch.arange(len(reading.readings))[indices.cpu()].tolist())
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        for reading in self.readings.values():
+            reading.reset()
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         """Tokens the anchor has seen, as a tensor if its cache is static.
@@ -112,8 +165,12 @@ class ComposedCache(Cache):
             return self.anchor.get_seq_length(layer_idx)
         if not self.anchor.layers:
             return 0
-        bridges: list[Any] = self.bridges.layers
-        return max((layer.get_seq_length() for layer in bridges), default=0)
+        layers: list[Any] = self.bridges.layers
+        shared: list[Any] = [
+            layers[index] for name in self.augmenting for index in self.bridges_of[name]
+        ]
+        lengths = [layer.get_seq_length() for layer in shared]
+        return max([*lengths, *(reading.num_columns for reading in self.readings.values())])
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """Tokens the anchor's cache can hold, -1 if unlimited."""
@@ -141,9 +198,8 @@ class ComposedCache(Cache):
     @property
     def is_compileable(self) -> bool:
         """Whether every part has a static shape."""
-        return all(
-            part.is_compileable for part in (self.anchor, *self.augmenting.values(), self.bridges)
-        )
+        parts = (self.anchor, *self.augmenting.values(), self.bridges)
+        return not self.readings and all(part.is_compileable for part in parts)
 
 
 def is_empty(cache: Cache) -> bool:

@@ -8,15 +8,20 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import ModelOutput
 
 from graftlm import decoder
+from graftlm.augmenting_tokens import AugmentingTokens
 from graftlm.cache import ComposedCache
 from graftlm.composed import ComposedModel
 from graftlm.config import ComposedConfig
-from graftlm.passes import Scoped
+from graftlm.passes import PassInputs, Scoped
 from graftlm.saving import SavesBridges
 
 anchor_only_keys: Scoped[frozenset[str]] = Scoped(frozenset())
@@ -41,6 +46,7 @@ class ComposedForCausalLM(SavesBridges, GenerationMixin):
     ):
         super().__init__(config)
         self.model = ComposedModel(config, anchor, augmenting)
+        self.set_tokenizers(None, {})
         # Checkpoints hold the bridges only; Trainer compares with this when it resumes.
         self._keys_to_ignore_on_save = {
             name for name in self.state_dict() if not name.startswith("model.bridges.")
@@ -155,6 +161,8 @@ class ComposedForCausalLM(SavesBridges, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         prompt_mask: Int[Tensor, "batch prompt_seq"] | None = None,
+        read_ids: Int[Tensor, "batch seq"] | None = None,
+        augmenting_inputs: Mapping[str, AugmentingTokens] | None = None,
         return_dict: bool | None = None,
         **options: Any,
     ) -> ModelOutput | tuple[Any, ...]:
@@ -174,6 +182,12 @@ class ComposedForCausalLM(SavesBridges, GenerationMixin):
             prompt_mask: With `reads="prompt"`: 1 for prompt tokens, over the cached and the new
                 tokens; what it does not cover is no prompt. By default all tokens before the
                 first label, or all tokens of a call without cache.
+            read_ids: Tokens for the augmenting models to read instead of `input_ids`, place by
+                place, in the anchor's vocabulary. A control: what does the anchor gain from
+                reading this very text?
+            augmenting_inputs: What augmenting models with tokenizers of their own read of these
+                rows, prepared by `ComposedProcessor`; by default read here. For whole rows, so
+                not with a cache.
             return_dict: False returns a tuple.
             options: Passed on to the anchor.
 
@@ -207,12 +221,16 @@ class ComposedForCausalLM(SavesBridges, GenerationMixin):
             prompt_mask = ((labels != -100).cumsum(-1) == 0).long()
         output = self.model.run(
             self.anchor,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
+            PassInputs(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                prompt_mask=prompt_mask,
+                read_ids=read_ids,
+                augmenting_inputs=augmenting_inputs,
+            ),
             past_key_values=past_key_values,
             use_cache=use_cache,
-            prompt_mask=prompt_mask,
             options=options,
         )
         return output.to_tuple() if return_dict is False else output
@@ -222,6 +240,17 @@ class ComposedForCausalLM(SavesBridges, GenerationMixin):
         if self.is_anchor_only:
             return self.anchor.generate(*args, **kwargs)  # pyrefly: ignore[not-callable]
         return super().generate(*args, **kwargs)  # pyrefly: ignore[bad-argument-type]
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As in transformers. The augmenting models read on from the cache, step by step."""
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(  # pyrefly: ignore
+            *args, **kwargs
+        )
+        inputs.pop("augmenting_inputs", None)
+        read_ids = inputs.get("read_ids")
+        if read_ids is not None and read_ids.shape != inputs["input_ids"].shape:
+            del inputs["read_ids"]  # it was for the prompt
+        return inputs
 
     def _prepare_cache_for_generation(  # pyrefly: ignore[bad-override]
         self,
@@ -274,13 +303,13 @@ class ComposedForCausalLM(SavesBridges, GenerationMixin):
         parts = {"anchor": (self.anchor, past_key_values.anchor)}
         for name, cache in past_key_values.augmenting.items():
             parts[name] = self.model.running_view(name), cache
-        masks: dict[str, Tensor | None] = {"bridges/": None}
+        masks: dict[str, Tensor | None] = {"bridges/": None, "tokens/": attention_mask}
         for name, (model, cache) in parts.items():
             made = decoder.generation_masks(model, past_key_values=cache, **shared)
             masks |= {f"{name}/{kind}": mask for kind, mask in made.items()}
-        if attention_mask is not None:
+        length = past_key_values.bridges.get_max_length()  # -1 if none of them is static
+        if attention_mask is not None and length > 0:
             # Later tokens count as readable here: causality hides them, and the shape is static.
-            length = past_key_values.bridges.get_max_length()
             missing = length - attention_mask.shape[1]
             masks["bridges/"] = nn.functional.pad(attention_mask, (0, missing), value=1)
         return masks

@@ -7,12 +7,12 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig
 from transformers.utils.hub import cached_file
 
 from graftlm._version import __version__
@@ -24,12 +24,20 @@ CONFIG = "config.json"
 PREFIX = "model.bridges."
 
 
+class HasFiles(Protocol):
+    """A tokenizer or processor."""
+
+    def save_pretrained(self, save_directory: Any) -> Any:
+        """Write its files."""
+        ...
+
+
 def write_checkpoint(
     folder: str | os.PathLike[str],
     config: ComposedConfig,
     tensors: Mapping[str, Tensor],
     generation_config: GenerationConfig,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: HasFiles | None,
     num_parameters: Mapping[str, int],
 ) -> None:
     """Write all files, or none: a new folder appears complete, files in an old one one by one.
@@ -39,7 +47,7 @@ def write_checkpoint(
         config: Of the composed model.
         tensors: The bridges' weights, named `model.bridges.*`.
         generation_config: The anchor's.
-        tokenizer: The anchor's, if it is at hand.
+        tokenizer: The anchor's, or the processor with all of them, if it is at hand.
         num_parameters: Parameters of each part, for the model card.
     """
     folder = Path(folder)

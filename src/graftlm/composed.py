@@ -17,10 +17,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from graftlm import decoder
 from graftlm.alignment import align, packed_segments, readable_keys
+from graftlm.augmenting_tokens import AugmentingTokens, ReadingCache
 from graftlm.bridge import Bridge
 from graftlm.cache import ComposedCache, is_empty
 from graftlm.config import ComposedConfig
-from graftlm.passes import ForwardPass, Hooks
+from graftlm.own_tokens import has_reader, run_reader
+from graftlm.passes import ForwardPass, Hooks, PassInputs, part_of
+from graftlm.reading import Reader
 
 
 class ComposedPreTrainedModel(PreTrainedModel):
@@ -88,6 +91,7 @@ class ComposedModel(ComposedPreTrainedModel):
             ).to(decoder.device_of(decoder.layer_list(anchor)[connection.anchor_layer]))
             for index, connection in enumerate(config.connections)
         )
+        self.readers: dict[str, Reader] = {}
         self.hooks = Hooks(uuid.uuid4().hex)
         self._views: dict[str, tuple[list[nn.Module], PreTrainedModel]] = {}
         self.attach_hooks()
@@ -167,8 +171,21 @@ class ComposedModel(ComposedPreTrainedModel):
 
     def compose_cache(self, anchor_cache: Cache, max_cache_len: int | None = None) -> ComposedCache:
         """The composed cache around an empty cache of the anchor."""
-        configs = {name: self.running_view(name).config for name in self.augmenting}
-        return ComposedCache.around(anchor_cache, configs, len(self.bridges), max_cache_len)
+        views = {name: self.running_view(name) for name in self.augmenting}
+        return ComposedCache.around(
+            anchor_cache,
+            {name: view.config for name, view in views.items() if not has_reader(self, name)},
+            {
+                name: ReadingCache(view.config, by_row=not decoder.skips_holes(view))
+                for name, view in views.items()
+                if has_reader(self, name)
+            },
+            {
+                name: [i for i, c in enumerate(self.config.connections) if c.augmenting == name]
+                for name in views
+            },
+            max_cache_len,
+        )
 
     def resolve_cache(
         self, cache: Cache | None, use_cache: bool, static_length: int = 0
@@ -202,33 +219,29 @@ class ComposedModel(ComposedPreTrainedModel):
 
     # ---- one pass ------------------------------------------------------------------------
 
-    def begin(
-        self,
-        input_ids: Int[Tensor, "batch seq"] | None,
-        attention_mask: Tensor | dict[str, Tensor | None] | None,
-        position_ids: Int[Tensor, "#batch seq"] | None,
-        cache: ComposedCache | None,
-        prompt_mask: Int[Tensor, "batch prompt_seq"] | None,
-    ) -> ForwardPass:
+    def begin(self, inputs: PassInputs, cache: ComposedCache | None) -> ForwardPass:
         """Run the augmenting models and prepare what the bridges need."""
-        if input_ids is None:
+        if inputs.input_ids is None:
             raise ValueError(
                 "input_ids is None, but the augmenting models read tokens; pass input_ids, "
                 "not inputs_embeds"
             )
-        if isinstance(attention_mask, Tensor) and attention_mask.dim() != 2:
+        mask = inputs.attention_mask
+        if isinstance(mask, Tensor) and mask.dim() != 2:
             raise ValueError(
-                f"attention_mask has {attention_mask.dim()} axes, but must be (batch, sequence) "
+                f"attention_mask has {mask.dim()} axes, but must be (batch, sequence) "
                 "with 1 for tokens and 0 for padding"
             )
         if not torch.compiler.is_compiling():
             self.attach_hooks()
         forward_pass = ForwardPass(self.hooks.key, self, cache)
         for name in self.augmenting:
-            if self.config.scales[name] != 0:
-                self.run_augmenting(
-                    forward_pass, name, input_ids, attention_mask, position_ids, prompt_mask
-                )
+            if self.config.scales[name] == 0:
+                continue
+            if has_reader(self, name):
+                run_reader(self, forward_pass, name, inputs)
+            else:
+                self.run_augmenting(forward_pass, name, inputs)
         forward_pass.running = "anchor"
         return forward_pass
 
@@ -236,13 +249,12 @@ class ComposedModel(ComposedPreTrainedModel):
         self,
         forward_pass: ForwardPass,
         name: str,
-        input_ids: Int[Tensor, "batch seq"],
-        attention_mask: Tensor | dict[str, Tensor | None] | None,
-        position_ids: Int[Tensor, "#batch seq"] | None,
-        prompt_mask: Int[Tensor, "batch prompt_seq"] | None,
+        inputs: PassInputs,
     ) -> None:
         """Capture the hidden states of the tokens one augmenting model has not seen yet."""
-        cache, (batch, length) = forward_pass.cache, input_ids.shape
+        cache, input_ids = forward_pass.cache, inputs.tokens_to_read
+        attention_mask, prompt_mask = inputs.attention_mask, inputs.prompt_mask
+        position_ids, (batch, length) = inputs.position_ids, input_ids.shape
         layer = None if cache is None else self.bridge_layer(cache, name)
         past, kept, new = self.count_tokens(name, cache, layer, length, prompt_mask)
         if new:
@@ -256,9 +268,7 @@ class ComposedModel(ComposedPreTrainedModel):
                 cache=None if cache is None else cache.augmenting[name],
                 position_ids=None if position_ids is None else position_ids[:, :new],
             )
-            forward_pass.running = name
-            with forward_pass, torch.no_grad():
-                view(**move_to_device(arguments, view.device))
+            self.capture(forward_pass, name, arguments)
         # A static cache shows its empty slots to the attention too.
         key_length: Any = layer.max_cache_len if isinstance(layer, StaticLayer) else kept + new
         if key_length == 0:
@@ -278,6 +288,15 @@ class ComposedModel(ComposedPreTrainedModel):
             num_heads=self.num_bridge_heads,
             device=input_ids.device,
         )
+
+    def capture(self, forward_pass: ForwardPass, name: str, arguments: dict[str, Any]) -> None:
+        """Run one augmenting model; its hooks keep the hidden states we read."""
+        view = self.running_view(name)
+        forward_pass.running = name
+        with forward_pass, torch.no_grad():
+            view(**move_to_device(arguments, view.device))
+        if view.dtype == torch.float16 and not torch.compiler.is_compiling():
+            check_finite(forward_pass, name)
 
     def count_tokens(
         self,
@@ -328,7 +347,7 @@ class ComposedModel(ComposedPreTrainedModel):
             if largest >= size:
                 raise ValueError(
                     f"input_ids holds token {largest}, but augmenting model {name!r} has tokens 0 "
-                    f"to {size - 1} only; both models must share one tokenizer"
+                    f"to {size - 1} only, and so has the tokenizer of the two"
                 )
 
     def apply_bridges(
@@ -367,13 +386,10 @@ class ComposedModel(ComposedPreTrainedModel):
     def run(
         self,
         part: PreTrainedModel,
+        inputs: PassInputs,
         *,
-        input_ids: Int[Tensor, "batch seq"] | None,
-        attention_mask: Tensor | dict[str, Tensor | None] | None,
-        position_ids: Int[Tensor, "#batch seq"] | None,
         past_key_values: Cache | None,
         use_cache: bool | None,
-        prompt_mask: Int[Tensor, "batch prompt_seq"] | None,
         options: dict[str, Any],
     ) -> Any:
         """Run the anchor, or its trunk, with the bridges attached.
@@ -382,22 +398,22 @@ class ComposedModel(ComposedPreTrainedModel):
             RuntimeError: If a bridged layer did not run; its bridge would be skipped silently.
         """
         if use_cache is None:
-            use_cache = not self.training and getattr(
-                self.config.get_text_config(), "use_cache", True
-            )
+            # What was prepared for whole rows is not for reading on.
+            use_cache = not self.training and inputs.augmenting_inputs is None
+            use_cache = use_cache and getattr(self.config.get_text_config(), "use_cache", True)
         cache = self.resolve_cache(past_key_values, use_cache)
-        forward_pass = self.begin(input_ids, attention_mask, position_ids, cache, prompt_mask)
-        assert input_ids is not None
+        forward_pass = self.begin(inputs, cache)
+        assert inputs.input_ids is not None
         arguments = decoder.call_arguments(
             part,
-            attention_mask=part_of(attention_mask, "anchor"),
-            query_length=input_ids.shape[1],
+            attention_mask=part_of(inputs.attention_mask, "anchor"),
+            query_length=inputs.input_ids.shape[1],
             cache=None if cache is None else cache.anchor,
-            position_ids=position_ids,
+            position_ids=inputs.position_ids,
             **options,
         )
         with forward_pass:
-            output = part(input_ids=input_ids, return_dict=True, **arguments)
+            output = part(input_ids=inputs.input_ids, return_dict=True, **arguments)
         expected = len({connection.anchor_layer for connection in self.config.connections})
         if forward_pass.bridged != expected:
             raise RuntimeError(
@@ -414,6 +430,8 @@ class ComposedModel(ComposedPreTrainedModel):
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         prompt_mask: Int[Tensor, "batch prompt_seq"] | None = None,
+        read_ids: Int[Tensor, "batch seq"] | None = None,
+        augmenting_inputs: Mapping[str, AugmentingTokens] | None = None,
         return_dict: bool | None = None,
         **options: Any,
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:
@@ -423,27 +441,33 @@ class ComposedModel(ComposedPreTrainedModel):
         """
         output = self.run(
             decoder.trunk(self.anchor),
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
+            PassInputs(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                prompt_mask=prompt_mask if self.config.reads == "prompt" else None,
+                read_ids=read_ids,
+                augmenting_inputs=augmenting_inputs,
+            ),
             past_key_values=past_key_values,
             use_cache=use_cache,
-            prompt_mask=prompt_mask,
             options=options,
         )
         return output.to_tuple() if return_dict is False else output
 
 
-def part_of(masks: Any, name: str) -> Any:
-    """One part's mask: the tensor that all share, or its own of `create_masks_for_generate`."""
-    if not isinstance(masks, dict):
-        return masks
-    own = {
-        kind.removeprefix(f"{name}/"): mask
-        for kind, mask in masks.items()
-        if kind.startswith(f"{name}/")
-    }
-    return own[""] if set(own) == {""} else own
+def check_finite(forward_pass: ForwardPass, name: str) -> None:
+    """Refuse hidden states beyond what float16 holds; they would make every logit NaN.
+
+    Raises:
+        ValueError: Naming the model and the layer.
+    """
+    for (read_from, layer), states in forward_pass.states.items():
+        if read_from == name and not bool(states.isfinite().all()):
+            raise ValueError(
+                f"hidden states of augmenting model {name!r} at layer {layer} are beyond the range "
+                "of float16; load it in bfloat16 or float32 (dtype=)"
+            )
 
 
 def first_columns(mask: Any, surplus: int) -> Any:

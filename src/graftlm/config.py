@@ -13,6 +13,8 @@ from graftlm.errors import CheckpointMismatchError
 FORMAT_VERSION = 1
 Position = Literal["none", "distance", "rotary"]
 Reads = Literal["sequence", "prompt"]
+AlignmentRule = Literal["identity", "committed", "char_end"]
+DistanceUnit = Literal["characters", "tokens"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +30,8 @@ class BridgeConfig:
         position: "none" is the paper's content-only attention; "distance" subtracts a fixed
             slope times the distance in tokens in three quarters of the heads (as ALiBi does);
             "rotary" turns queries and keys by their positions (as RoPE does).
+        distance_unit: What positions count where the tokenizers differ: "characters" of the text
+            (4 of them stand for a token), or "tokens" of the augmenting model.
         gate: Multiply the update by tanh of a learned scalar that starts at zero (Flamingo).
         bias: Biases in all five linear maps.
     """
@@ -36,13 +40,15 @@ class BridgeConfig:
     width: int | None = None
     norm: bool = True
     position: Position = "distance"
+    distance_unit: DistanceUnit = "characters"
     gate: bool = False
     bias: bool = False
 
     def __post_init__(self) -> None:
-        if self.position not in get_args(Position):
-            options = ", ".join(repr(name) for name in get_args(Position))
-            raise ValueError(f"position is {self.position!r}, but must be one of {options}")
+        for name, choices in (("position", Position), ("distance_unit", DistanceUnit)):
+            if getattr(self, name) not in get_args(choices):
+                options = ", ".join(repr(choice) for choice in get_args(choices))
+                raise ValueError(f"{name} is {getattr(self, name)!r}, but must be one of {options}")
         for name in ("num_heads", "width"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
@@ -132,6 +138,8 @@ class ComposedConfig(PreTrainedConfig):
         bridge: The shape of the bridges.
         reads: "sequence" if the augmenting models get every token, the generated ones included
             (the paper's method); "prompt" if they get the prompt only (its "encoder" ablation).
+        alignments: For each augmenting model: "identity" if it reads the anchor's tokens; else
+            which tokens of its own an anchor token sees, "committed" or "char_end".
         scales: Factor on the updates of each augmenting model; 0 switches it off.
         bases: For "anchor" and each augmenting model: `name_or_path`, `revision`, `fingerprint`.
         weights_sha256: Hash of the bridges' file, set when saving.
@@ -149,6 +157,7 @@ class ComposedConfig(PreTrainedConfig):
     connections: list[Connection] = field(default_factory=list)
     bridge: BridgeConfig = field(default_factory=BridgeConfig)
     reads: str = "sequence"
+    alignments: dict[str, str] = field(default_factory=dict)
     scales: dict[str, float] = field(default_factory=dict)
     bases: dict[str, Any] = field(default_factory=dict)
     weights_sha256: str | None = None
@@ -178,6 +187,13 @@ class ComposedConfig(PreTrainedConfig):
         )
         if not isinstance(self.bridge, BridgeConfig):
             self.bridge = BridgeConfig(**self.bridge)
+        self.alignments = dict.fromkeys(self.augmenting_configs, "identity") | self.alignments
+        for name, alignment in self.alignments.items():
+            if alignment not in get_args(AlignmentRule):
+                raise ValueError(
+                    f"alignment of {name!r} is {alignment!r}, but must be 'identity', 'committed' "
+                    "or 'char_end'"
+                )
         self.scales = dict.fromkeys(self.augmenting_configs, 1.0) | self.scales
         if self.anchor_config is not None:
             anchor = self.anchor_config.get_text_config(decoder=True)

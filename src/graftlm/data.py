@@ -5,18 +5,18 @@ turns; of a text, everything. `graftlm.rows` says how they are written. A plain 
 document, cut into blocks of `max_length` tokens.
 """
 
-import copy
 import itertools
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, concatenate_datasets
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from graftlm.collation import IGNORED
 from graftlm.rows import (
     JSON_SUFFIXES,
     TABLE_SUFFIXES,
@@ -28,7 +28,6 @@ from graftlm.rows import (
     read_rows,
 )
 
-IGNORED = -100
 BATCH = 1000
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\b")  # how transformers looks for it
 
@@ -285,13 +284,3 @@ def warn_of_losses(examples: Examples, source: str, max_length: int) -> None:
             f"within max_length {max_length} and were left out",
             stacklevel=4,
         )
-
-
-def collator(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[Row]], dict[str, Any]]:
-    """What makes a batch of examples: padded on the right, no attention and no loss there."""
-    padding = copy.deepcopy(tokenizer)  # a saved tokenizer should keep the side of generation
-    padding.padding_side = "right"
-    if padding.pad_token is None:
-        # Any token will do: padding is neither attended to nor has a loss.
-        padding.pad_token = padding.eos_token or padding.convert_ids_to_tokens(0)
-    return DataCollatorForSeq2Seq(padding, label_pad_token_id=IGNORED)

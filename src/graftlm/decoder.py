@@ -277,6 +277,62 @@ def generation_masks(model: PreTrainedModel, **arguments: Any) -> dict[str, Tens
     return masks if isinstance(masks, dict) else {"": masks}
 
 
+# Kinds of attention whose masks depend on the positions of query and key only.
+MASKED_BY_POSITION = {"full_attention", "sliding_attention", "chunked_attention"}
+
+
+def skips_holes(model: PreTrainedModel) -> bool:
+    """Whether slots of its cache can stay empty: positions and masks are what we say they are.
+
+    Rotary models with plain attention. Others count slots: by a recurrence, for learned biases,
+    or in a window of their own.
+    """
+    config = text_config(model.config)
+    return (
+        hasattr(config, "rope_parameters")
+        and not getattr(config, "alibi", False)
+        and not is_recurrent_call(model)
+        and declares(type(model).forward, "position_ids")
+        and set(getattr(config, "layer_types", None) or ()) <= MASKED_BY_POSITION
+        and config._attn_implementation in ("eager", "sdpa")
+    )
+
+
+def masks_by_position(
+    model: PreTrainedModel, query_positions: Tensor, key_positions: Tensor
+) -> dict[str, Tensor] | Tensor:
+    """What a model that skips holes takes as `attention_mask`, for a cache with holes.
+
+    Args:
+        model: The model.
+        query_positions: (batch, seq), the number of each new token in its row, negative for holes.
+        key_positions: (batch, slots), of all slots.
+    """
+    config = text_config(model.config)
+    query, key = query_positions[:, None, :, None], key_positions[:, None, None, :]
+    # A hole among the queries sees all, so that no row is empty; nobody sees the hole.
+    seen = (key >= 0) & (key <= query) | (query < 0)
+    window: Any = getattr(config, "sliding_window", None)
+    chunk: Any = getattr(config, "attention_chunk_size", None)
+
+    def mask(kind: str) -> Tensor:
+        allowed = seen
+        if kind == "sliding_attention":
+            allowed = allowed & ((query - key < window) | (query < 0))
+        if kind == "chunked_attention":
+            allowed = allowed & ((query // chunk == key // chunk) | (query < 0))
+        return torch.zeros(allowed.shape, dtype=model.dtype, device=allowed.device).masked_fill(
+            ~allowed, torch.finfo(model.dtype).min
+        )
+
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        return {kind: mask(kind) for kind in set(kinds)}
+    if window is not None:
+        return mask("sliding_attention")
+    return mask("full_attention" if chunk is None else "chunked_attention")
+
+
 def hidden_states_of(output: Any, layer_owner: str) -> Tensor:
     """The residual stream in what a decoder layer returned.
 

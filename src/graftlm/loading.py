@@ -1,23 +1,27 @@
 """From models, paths or hub ids to a composed model."""
 
+import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from graftlm import decoder
 from graftlm.bases import Base, load_base, reference
 from graftlm.causal_lm import ComposedForCausalLM
 from graftlm.config import (
+    AlignmentRule,
     BridgeConfig,
     ComposedConfig,
     Connection,
+    DistanceUnit,
     Position,
     Reads,
     spaced_connections,
 )
-from graftlm.tokenization import behaviour, find_tokenizer
+from graftlm.gguf import resolve as resolve_gguf
+from graftlm.tokenization import find_tokenizer, tokenizes_alike
 
 
 def compose(
@@ -33,6 +37,13 @@ def compose(
     gate: bool = False,
     bias: bool = False,
     reads: Reads = "sequence",
+    tokenizer: PreTrainedTokenizerBase | str | None = None,
+    augmenting_tokenizers: Mapping[str, PreTrainedTokenizerBase | str]
+    | PreTrainedTokenizerBase
+    | str
+    | None = None,
+    alignment: str = "auto",
+    distance_unit: DistanceUnit = "characters",
     bridge_dtype: torch.dtype = torch.float32,
     dtype: torch.dtype | str = "auto",
     device_map: Any = None,
@@ -61,6 +72,15 @@ def compose(
         bias: Biases in the linear maps of the bridges.
         reads: "sequence" feeds every token, generated ones too, to the augmenting models;
             "prompt" only the prompt (the paper's "m_A as an encoder" ablation).
+        tokenizer: The anchor's; by default the one beside it.
+        augmenting_tokenizers: The augmenting models', by name, or the only one's; by default
+            those beside them.
+        alignment: Which augmenting tokens an anchor token sees. "auto": the same tokens if both
+            tokenizers do the same ("identity"), or are not at hand; else "committed", the tokens
+            that no continuation of the text can change. "char_end": all tokens of the text so
+            far; trained on whole texts, that differs from what decoding sees (docs/tokenizers.md).
+        distance_unit: What positions count where tokenizers differ: "characters" (4 to a token)
+            or "tokens" of the augmenting model.
         bridge_dtype: Of the bridges; the models keep theirs.
         dtype, device_map, trust_remote_code: For models loaded here, as in transformers.
 
@@ -70,7 +90,13 @@ def compose(
     """
     if variant not in ("graftlm", "paper"):
         raise ValueError(f"variant is {variant!r}, but must be 'graftlm' or 'paper'")
-    changes: dict[str, Any] = {"num_heads": num_heads, "width": width, "gate": gate, "bias": bias}
+    changes: dict[str, Any] = {
+        "num_heads": num_heads,
+        "width": width,
+        "gate": gate,
+        "bias": bias,
+        "distance_unit": distance_unit,
+    }
     if position is not None:
         changes["position"] = position
     bridge = BridgeConfig.paper(**changes) if variant == "paper" else BridgeConfig(**changes)
@@ -88,7 +114,8 @@ def compose(
         name: load_base(base, f"augmenting model {name!r}", **options)
         for name, base in named.items()
     }
-    check_tokenizers(anchor_model, models)
+    ours, theirs = gather_tokenizers(anchor_model, models, tokenizer, augmenting_tokenizers)
+    alignments = resolve_alignments(alignment, ours, theirs)
     if connections is None:
         connections = [
             connection
@@ -103,6 +130,7 @@ def compose(
         connections=list(connections),
         bridge=bridge,
         reads=reads,
+        alignments=alignments,
         bases={
             name: {"name_or_path": reference(model), "revision": None}
             for name, model in {"anchor": anchor_model, **models}.items()
@@ -110,20 +138,79 @@ def compose(
     )
     model = ComposedForCausalLM(config, anchor_model, models)
     model.bridges.to(bridge_dtype)
+    model.set_tokenizers(ours, {name: t for name, t in theirs.items() if t is not None})
     return model
 
 
-def check_tokenizers(anchor: PreTrainedModel, augmenting: Mapping[str, PreTrainedModel]) -> None:
-    """Refuse models whose tokenizers are at hand and do different things.
+def gather_tokenizers(
+    anchor: PreTrainedModel,
+    augmenting: Mapping[str, PreTrainedModel],
+    tokenizer: Any,
+    augmenting_tokenizers: Any,
+) -> tuple[PreTrainedTokenizerBase | None, dict[str, PreTrainedTokenizerBase | None]]:
+    """The tokenizers given, loaded where they are paths, or else those beside the models.
 
     Raises:
-        ValueError: Naming the model.
+        ValueError: If a name is unknown, or missing where there are several.
     """
-    ours = find_tokenizer(anchor.config.name_or_path)
-    for name, model in augmenting.items():
-        theirs = find_tokenizer(model.config.name_or_path)
-        if ours and theirs and behaviour(ours) != behaviour(theirs):
+    given = augmenting_tokenizers if augmenting_tokenizers is not None else {}
+    if not isinstance(given, Mapping):
+        if len(augmenting) != 1:
             raise ValueError(
-                f"augmenting model {name!r} splits text into other tokens than the anchor does, "
-                "but this version composes only models that share a tokenizer"
+                f"augmenting_tokenizers is one tokenizer, but there are {len(augmenting)} "
+                f"augmenting models: {', '.join(augmenting)}; pass a dictionary"
             )
+        given = {next(iter(augmenting)): given}
+    unknown = sorted(set(given) - set(augmenting))
+    if unknown:
+        raise ValueError(
+            f"augmenting_tokenizers names {unknown[0]!r}, but there is only {', '.join(augmenting)}"
+        )
+
+    def resolve(wanted: Any, model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
+        if isinstance(wanted, (str, os.PathLike)):
+            return AutoTokenizer.from_pretrained(resolve_gguf(os.fspath(wanted)))
+        return find_tokenizer(model.config.name_or_path) if wanted is None else wanted
+
+    theirs = {name: resolve(given.get(name), model) for name, model in augmenting.items()}
+    return resolve(tokenizer, anchor), theirs
+
+
+def resolve_alignments(
+    rule: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    augmenting_tokenizers: Mapping[str, PreTrainedTokenizerBase | None],
+) -> dict[str, str]:
+    """How each augmenting model is aligned.
+
+    Args:
+        rule: As in `compose`.
+        tokenizer, augmenting_tokenizers: As far as they are at hand. Where they are not, the
+            models are taken to share their tokens.
+
+    Raises:
+        ValueError: If the rule does not exist or cannot be followed.
+    """
+    if rule not in ("auto", *get_args(AlignmentRule)):
+        raise ValueError(
+            f"alignment is {rule!r}, but must be 'auto', 'identity', 'committed' or 'char_end'"
+        )
+    alignments = {}
+    for name, theirs in augmenting_tokenizers.items():
+        if tokenizer is None or theirs is None:
+            if rule not in ("auto", "identity"):
+                missing = "the anchor" if tokenizer is None else f"augmenting model {name!r}"
+                raise ValueError(
+                    f"alignment is {rule!r}, but {missing} has no tokenizer beside it; pass "
+                    "tokenizer= and augmenting_tokenizers="
+                )
+            alignments[name] = "identity"
+            continue
+        is_same = tokenizes_alike(tokenizer, theirs)
+        if rule == "identity" and not is_same:
+            raise ValueError(
+                f"alignment is 'identity', but augmenting model {name!r} splits text into other "
+                "tokens than the anchor does; leave alignment out"
+            )
+        alignments[name] = ("identity" if is_same else "committed") if rule == "auto" else rule
+    return alignments

@@ -7,15 +7,17 @@ copies and replicas of a composed model use their own bridges.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from graftlm.augmenting_tokens import AugmentingTokens
 from graftlm.decoder import hidden_states_of, with_hidden_states
 
 T = TypeVar("T")
@@ -30,6 +32,35 @@ class Bridged(Protocol):
     ) -> Tensor:
         """The hidden states after the bridges of one anchor layer."""
         ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PassInputs:
+    """What one forward pass is given about its tokens; see `ComposedForCausalLM.forward`."""
+
+    input_ids: Int[Tensor, "batch seq"] | None
+    attention_mask: Tensor | dict[str, Tensor | None] | None = None
+    position_ids: Int[Tensor, "#batch seq"] | None = None
+    prompt_mask: Int[Tensor, "batch prompt_seq"] | None = None
+    read_ids: Int[Tensor, "batch seq"] | None = None
+    augmenting_inputs: Mapping[str, AugmentingTokens] | None = None
+
+    @property
+    def tokens_to_read(self) -> Int[Tensor, "batch seq"]:
+        """The anchor tokens that the augmenting models read."""
+        ids = self.input_ids if self.read_ids is None else self.read_ids
+        assert ids is not None
+        return ids
+
+    def columns_to_read(self, past: int) -> Tensor | None:
+        """(batch, seq), 1 where there is something to read behind `past` cached tokens."""
+        ids, wanted = self.tokens_to_read, None
+        for mask in (part_of(self.attention_mask, "tokens"), self.prompt_mask):
+            if mask is not None:
+                missing = max(past + ids.shape[1] - mask.shape[1], 0)
+                columns = nn.functional.pad(mask, (0, missing))[:, past : past + ids.shape[1]]
+                wanted = columns if wanted is None else wanted * columns
+        return wanted
 
 
 @dataclass(eq=False, slots=True)
@@ -60,6 +91,18 @@ class ForwardPass:
 
     def __exit__(self, *exc: object) -> None:
         passes.set(passes.get()[:-1])
+
+
+def part_of(masks: Any, name: str) -> Any:
+    """One part's mask: the tensor that all share, or its own of `create_masks_for_generate`."""
+    if not isinstance(masks, dict):
+        return masks
+    own = {
+        kind.removeprefix(f"{name}/"): mask
+        for kind, mask in masks.items()
+        if kind.startswith(f"{name}/")
+    }
+    return own[""] if set(own) == {""} else own
 
 
 class Scoped(Generic[T]):

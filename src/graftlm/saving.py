@@ -6,6 +6,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from graftlm.bases import Base, check_base, fingerprint, load_base, reference
 from graftlm.checkpoint import (
@@ -18,6 +19,7 @@ from graftlm.checkpoint import (
 )
 from graftlm.composed import ComposedModel, ComposedPreTrainedModel
 from graftlm.config import ComposedConfig
+from graftlm.processor import ComposedProcessor, make_readers
 from graftlm.tokenization import find_tokenizer
 
 
@@ -25,6 +27,29 @@ class SavesBridges(ComposedPreTrainedModel):
     """What `ComposedForCausalLM` does about files."""
 
     model: ComposedModel
+    processor: ComposedProcessor | None
+
+    def set_tokenizers(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None,
+        augmenting_tokenizers: Mapping[str, PreTrainedTokenizerBase],
+    ) -> None:
+        """Tell the model how its parts split text; `compose` and `from_pretrained` do this.
+
+        Args:
+            tokenizer: The anchor's.
+            augmenting_tokenizers: By name; those of models that share its tokens are not needed.
+        """
+        others = {
+            name: augmenting_tokenizers[name]
+            for name, rule in self.config.alignments.items()
+            if rule != "identity" and name in augmenting_tokenizers
+        }
+        self.model.readers = make_readers(self.config, tokenizer, others)
+        self.processor = None
+        if tokenizer is not None:
+            self.processor = ComposedProcessor(tokenizer, others, self.config)
+            self.model.readers = self.processor.readers
 
     def save_pretrained(  # pyrefly: ignore[bad-override]
         self,
@@ -63,7 +88,7 @@ class SavesBridges(ComposedPreTrainedModel):
                 self.config,
                 bridge_weights(state_dict),
                 self.generation_config,
-                find_tokenizer(self.model.anchor.config.name_or_path),
+                self.processor or find_tokenizer(self.model.anchor.config.name_or_path),
                 self.num_parameters_by_part(),
             )
         if push_to_hub:
@@ -76,7 +101,18 @@ class SavesBridges(ComposedPreTrainedModel):
         for name, base in bases.items():
             entry = self.config.bases.setdefault(name, {"name_or_path": None, "revision": None})
             if entry.get("fingerprint") is None:
-                entry["fingerprint"] = fingerprint(base, with_head=name == "anchor")
+                entry["fingerprint"] = fingerprint(
+                    base, with_head=name == "anchor", tokenizer=self.tokenizer_of(name)
+                )
+
+    def tokenizer_of(self, name: str) -> PreTrainedTokenizerBase | None:
+        """The tokenizer of one part: as given, or the one beside the model."""
+        if self.processor is not None:
+            given = self.processor.all_tokenizers
+            if name in given:
+                return given[name]
+        base = self.model.anchor if name == "anchor" else self.model.augmenting[name]
+        return find_tokenizer(base.config.name_or_path)
 
     @classmethod
     def from_pretrained(
@@ -141,6 +177,9 @@ class SavesBridges(ComposedPreTrainedModel):
             "quantization_config": quantization_config,
         }
         given = name_bases(anchor, augmenting, config)
+        processor = None
+        if set(config.alignments.values()) != {"identity"}:
+            processor = ComposedProcessor.from_pretrained(folder, config, **hub_options)
         loaded = {}
         for name in ("anchor", *config.augmenting_configs):
             role = "the anchor" if name == "anchor" else f"augmenting model {name!r}"
@@ -160,7 +199,14 @@ class SavesBridges(ComposedPreTrainedModel):
             if check_bases:
                 was = config.anchor_config if is_anchor else config.augmenting_configs[name]
                 print_of = known.get("fingerprint")
-                check_base(loaded[name], role, was, print_of, with_head=is_anchor)
+                check_base(
+                    loaded[name],
+                    role,
+                    was,
+                    print_of,
+                    with_head=is_anchor,
+                    tokenizer=None if processor is None else processor.all_tokenizers.get(name),
+                )
         anchor = loaded.pop("anchor")
         config.anchor_config = anchor.config
         config.augmenting_configs = {name: base.config for name, base in loaded.items()}
@@ -169,6 +215,10 @@ class SavesBridges(ComposedPreTrainedModel):
         model.model.bridges.to(next(iter(tensors.values())).dtype)
         model.load_state_dict(tensors, strict=False)
         model.config.name_or_path = folder
+        if processor is None:
+            model.set_tokenizers(find_tokenizer(folder), {})
+        else:
+            model.set_tokenizers(processor.tokenizer, processor.augmenting_tokenizers)
         return model
 
     def num_parameters_by_part(self) -> dict[str, int]:

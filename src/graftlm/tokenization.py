@@ -9,16 +9,30 @@ import os
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from graftlm import gguf
+
 PROBES = (
     "The quick brown fox, 12345 + 678 = 13023; naïve café.",
     "def f(x):\n    return [y ** 2 for y in x]  # 平方\n\n\tend",
     "Привет мир! नमस्ते สวัสดี 你好 こんにちは 👩‍🚀   <|im_start|>user",
 )
 
+# More of them, to tell tokenizers apart that differ in few places only.
+MORE_PROBES = (
+    "it's they'll I'VE 1 12 123 1234 12345678 3.14 1,000,000 https://example.org/a_b?c=d&e=f",
+    "\n\n\n\t\t  \r\n                                        if x:\n        pass  ",
+    "Ünïcödé İstanbul Ångström ﬁne Straße ½ ² e\u0301 한국어 ภาษาไทย العربية עברית বাংলা தமிழ்",
+    '𝔘𝔫𝔦 👨‍👩‍👧‍👦🇸🇪 «»“”…—–•→≠≤∑∫ \u200b\ufeff\u00a0 <b>bold</b> {"a": [1, 2]}',
+)
+
 
 def find_tokenizer(name_or_path: str | None) -> PreTrainedTokenizerBase | None:
     """The tokenizer that lies beside a model, or None; never asks the network."""
     if not name_or_path:
+        return None
+    try:
+        name_or_path = gguf.resolve(name_or_path)
+    except ValueError:  # the file is gone, or cannot be read
         return None
     if os.path.isdir(name_or_path) and not any(
         name.startswith(("tokenizer", "vocab", "spiece", "sentencepiece"))
@@ -34,6 +48,17 @@ def find_tokenizer(name_or_path: str | None) -> PreTrainedTokenizerBase | None:
 def behaviour(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Token ids of a few telling texts, special tokens left out."""
     return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in PROBES]
+
+
+def tokenizes_alike(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Whether two tokenizers do the same to telling texts, whatever they are called."""
+
+    def ids(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+        return behaviour(tokenizer) + [
+            tokenizer(text, add_special_tokens=False)["input_ids"] for text in MORE_PROBES
+        ]
+
+    return one is other or ids(one) == ids(other)
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

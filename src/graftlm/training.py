@@ -27,11 +27,13 @@ from transformers import (
     set_seed,
 )
 
+from graftlm import gguf
 from graftlm._version import __version__
 from graftlm.causal_lm import ComposedForCausalLM
 from graftlm.config import ComposedConfig, spaced_connections
-from graftlm.data import Examples, collator, load_examples
+from graftlm.data import Examples, load_examples
 from graftlm.loading import compose
+from graftlm.processor import ComposedDataCollator, ComposedProcessor
 from graftlm.progress import ProgressDisplay
 from graftlm.recipe import Recipe
 from graftlm.resuming import RECORD, Interruption, starting_point
@@ -84,6 +86,12 @@ class Training:
     max_length: int
     checkpoint: str | None
 
+    @property
+    def processor(self) -> ComposedProcessor:
+        """The tokenizers of the composed model."""
+        assert self.model.processor is not None
+        return self.model.processor
+
     def run(self, console: Console | None = None) -> Outcome:
         """Train, evaluate and save.
 
@@ -96,7 +104,7 @@ class Training:
             args=self.arguments,
             train_dataset=self.examples.dataset,
             eval_dataset=self.evaluation.dataset if self.evaluation else None,
-            data_collator=collator(self.tokenizer),
+            data_collator=ComposedDataCollator(self.processor),
             processing_class=self.tokenizer,
             callbacks=[interruption],
         )
@@ -177,7 +185,8 @@ def prepare(recipe: Recipe, *, resume: bool = False) -> Training:
     checkpoint = starting_point(recipe, resume=resume)
     check_layers(recipe)
     tokenizer: Any = AutoTokenizer.from_pretrained(
-        recipe.tokenizer or recipe.anchor, trust_remote_code=recipe.trust_remote_code
+        gguf.resolve(recipe.tokenizer or recipe.anchor),
+        trust_remote_code=recipe.trust_remote_code,
     )
     max_length = resolve_max_length(recipe)
     options = {"max_length": max_length, "completions_only": recipe.completions_only}
@@ -195,7 +204,9 @@ def prepare(recipe: Recipe, *, resume: bool = False) -> Training:
         tokenizer=tokenizer,
         examples=examples,
         evaluation=evaluation,
-        model=compose(recipe.anchor, recipe.augmenting, **recipe.compose_options()),
+        model=compose(
+            recipe.anchor, recipe.augmenting, tokenizer=tokenizer, **recipe.compose_options()
+        ),
         max_length=max_length,
         checkpoint=checkpoint,
     )
@@ -223,7 +234,9 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
 def base_configs(recipe: Recipe) -> dict[str, Any]:
     """The configurations of the anchor and the augmenting models, without their weights."""
     return {
-        name: AutoConfig.from_pretrained(ref, trust_remote_code=recipe.trust_remote_code)
+        name: AutoConfig.from_pretrained(
+            gguf.resolve(ref), trust_remote_code=recipe.trust_remote_code
+        )
         for name, ref in {"anchor": recipe.anchor, **recipe.models}.items()
     }
 

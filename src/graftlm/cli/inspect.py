@@ -63,7 +63,7 @@ def is_found(place: str | None) -> str:
     if place is None:
         return "must be given"
     if os.path.isabs(place):
-        return "yes" if os.path.isdir(place) else "no"
+        return "yes" if os.path.exists(place) else "no"
     from transformers.utils.hub import cached_file
 
     options = {"_raise_exceptions_for_missing_entries": False, "local_files_only": True}

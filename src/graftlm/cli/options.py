@@ -20,13 +20,15 @@ BRIDGE_OPTIONS = (
 def add_models(parser: argparse.ArgumentParser, required: bool) -> None:
     """The anchor and the augmenting models."""
     group = parser.add_argument_group("models")
-    group.add_argument("--anchor", metavar="MODEL", required=required, help="path or hub id")
+    group.add_argument(
+        "--anchor", metavar="MODEL", required=required, help="folder, GGUF file or hub id"
+    )
     group.add_argument(
         "--augmenting",
         metavar="[NAME=]MODEL",
         action="append",
         required=required,
-        help="path or hub id; repeat it, with names, for several",
+        help="folder, GGUF file or hub id; repeat it, with names, for several",
     )
 
 

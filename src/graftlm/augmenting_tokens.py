@@ -1,0 +1,235 @@
+"""What an augmenting model with tokens of its own reads in one pass, and remembers between passes.
+
+Rows settle different numbers of augmenting tokens, so a pass over several rows is padded on the
+right. In the cache that padding stays behind as holes, which nobody sees. A model that cannot
+skip holes (recurrent, or with positions counted by slot) is run row by row instead.
+"""
+
+import copy
+import itertools
+from collections.abc import Sequence
+from typing import Any, TypedDict
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
+from transformers.configuration_utils import PreTrainedConfig
+
+from graftlm.reading import Reader, Reading, read_row
+
+HOLE = -1
+
+
+class AugmentingTokens(TypedDict):
+    """The tokens one augmenting model reads in one pass, and who sees them.
+
+    All are integer tensors. `batch` rows; `seq` anchor tokens and `aug_seq` augmenting tokens of
+    this pass.
+
+    Args:
+        input_ids: (batch, aug_seq), 0 for padding.
+        ranks: (batch, aug_seq), the token's number in its row, from 0; -1 for padding.
+        ends: (batch, aug_seq), where the token ends in the text, in characters.
+        position_ids: (batch, aug_seq), the token's number in its document.
+        visible: (batch, seq), how many tokens of its row an anchor token sees.
+        hidden: (batch, seq), how many of these it does not see, being of earlier documents.
+        chars: (batch, seq), characters of text up to each anchor token.
+    """
+
+    input_ids: Tensor
+    ranks: Tensor
+    ends: Tensor
+    position_ids: Tensor
+    visible: Tensor
+    hidden: Tensor
+    chars: Tensor
+
+
+class ReadingCache:
+    """What is remembered of an augmenting model with tokens of its own.
+
+    Args:
+        config: Of the augmenting model as it is run.
+        by_row: Whether to run it row by row, each with a cache of its own.
+    """
+
+    def __init__(self, config: PreTrainedConfig, by_row: bool):
+        self.config = config
+        self.by_row = by_row
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.readings: list[Reading] = []
+        self.num_columns = 0
+        self.caches: list[Cache] = []
+        self.ranks = torch.empty(0, 0, dtype=torch.long)
+        self.ends = torch.empty(0, 0, dtype=torch.long)
+
+    def new_cache(self) -> Cache:
+        """An empty cache of the augmenting model.
+
+        It keeps every token: a sliding window would count holes, and could not be rolled back.
+        """
+        return DynamicCache(config=None if keeps_keys_only(self.config) else self.config)
+
+    def extend(self, tokens: AugmentingTokens, readings: list[Reading]) -> None:
+        """Remember a pass."""
+        if not self.readings:
+            batch = len(readings)
+            self.caches = [self.new_cache() for _ in range(batch if self.by_row else 1)]
+            self.ranks = self.ends = tokens["ranks"].new_empty(batch, 0)
+        self.readings = readings
+        self.num_columns += tokens["visible"].shape[1]
+        self.ranks = torch.cat([self.ranks, tokens["ranks"]], dim=1)
+        self.ends = torch.cat([self.ends, tokens["ends"]], dim=1)
+
+    def forget_unsettled(self) -> None:
+        """Turn tokens that later text may change into holes."""
+        if self.readings:
+            known = torch.tensor([r.num_tokens for r in self.readings], device=self.ranks.device)
+            self.ranks = self.ranks.masked_fill(self.ranks >= known[:, None], HOLE)
+
+    def drop_last_holes(self) -> int:
+        """Give up the last slots, as far as they are holes in every row; returns their number."""
+        filled = (self.ranks != HOLE).any(0)
+        num_slots = int(filled.nonzero().max()) + 1 if bool(filled.any()) else 0
+        num_dropped = self.ranks.shape[1] - num_slots
+        if num_dropped:
+            self.ranks, self.ends = self.ranks[:, :num_slots], self.ends[:, :num_slots]
+            if not self.by_row:
+                self.caches[0].crop(-num_dropped)
+        return num_dropped
+
+    def crop(self, num_columns: int) -> int:
+        """Forget the last anchor tokens; returns how many slots the bridges must forget."""
+        self.readings = [reading.back(num_columns) for reading in self.readings]
+        self.num_columns -= num_columns
+        return self.roll_back()
+
+    def roll_back(self) -> int:
+        """Forget what the readings do not hold; returns how many slots the bridges must forget."""
+        before = (self.ranks != HOLE).sum(1)
+        self.forget_unsettled()
+        if self.by_row:
+            removed = before - (self.ranks != HOLE).sum(1)
+            for cache, number in zip(self.caches, removed.tolist(), strict=True):
+                if number:
+                    cache.crop(-number)
+        return self.drop_last_holes()
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep these rows, in this order; a row may be named several times."""
+        if not self.readings:
+            return
+        index = torch.tensor(rows, device=self.ranks.device)
+        self.readings = [self.readings[row] for row in rows]
+        self.ranks, self.ends = self.ranks[index], self.ends[index]
+        if self.by_row:
+            # Recurrent states are changed in place, so that a row taken twice needs two.
+            self.caches = [copy.deepcopy(self.caches[row]) for row in rows]
+        else:
+            self.caches[0].batch_select_indices(index)
+
+
+def keeps_keys_only(config: PreTrainedConfig) -> bool:
+    """Whether all the model remembers is keys and values, of all tokens or of a window."""
+    kinds = {type(layer) for layer in DynamicCache(config=config).layers}
+    return kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
+
+
+def read_batch(
+    reader: Reader,
+    readings: Sequence[Reading | None],
+    tokens: Int[Tensor, "batch seq"],
+    is_read: Tensor | None,
+) -> tuple[AugmentingTokens, list[Reading]]:
+    """Read on in every row.
+
+    Args:
+        reader: Of the augmenting model.
+        readings: After the tokens before; None at the beginning of a row.
+        tokens: Anchor tokens.
+        is_read: (batch, seq), 0 for tokens that are not for the augmenting model; None for none.
+
+    Returns:
+        The tokens to run, and the readings after them.
+    """
+    wanted = [[True] * tokens.shape[1]] * len(tokens) if is_read is None else is_read.tolist()
+    rows = [
+        read_row(reader, reading, row, keep)
+        for reading, row, keep in zip(readings, tokens.tolist(), wanted, strict=True)
+    ]
+    ranks = [[row.first_rank + k for k in range(len(row.ids))] for row in rows]
+    made = AugmentingTokens(
+        input_ids=padded([row.ids for row in rows], 0),
+        ranks=padded(ranks, HOLE),
+        ends=padded([row.ends for row in rows], 0),
+        position_ids=padded(ranks, 0),
+        visible=padded([row.visible for row in rows], 0),
+        hidden=torch.zeros(tokens.shape, dtype=torch.long),
+        chars=padded([row.chars for row in rows], 0),
+    )
+    return on_device(made, tokens.device), [row.reading for row in rows]
+
+
+def read_documents(
+    reader: Reader, tokens: Int[Tensor, "batch seq"], position_ids: Int[Tensor, "batch seq"]
+) -> AugmentingTokens:
+    """Read rows of packed documents, each from a fresh start.
+
+    A document begins wherever the positions do not go on by one, as in `packed_segments`.
+    """
+    keys = ("ids", "ranks", "ends", "positions", "visible", "hidden", "chars")
+    columns: dict[str, list[list[int]]] = {key: [] for key in keys}
+    for row, positions in zip(tokens.tolist(), position_ids.tolist(), strict=True):
+        made: dict[str, list[int]] = {key: [] for key in keys}
+        starts = [k for k, p in enumerate(positions) if k == 0 or p != positions[k - 1] + 1] + [
+            len(row)
+        ]
+        for start, end in itertools.pairwise(starts):
+            document = read_row(reader, None, row[start:end], [True] * (end - start))
+            rank = len(made["ids"])
+            made["ids"] += document.ids
+            made["ends"] += document.ends
+            made["positions"] += range(len(document.ids))
+            made["visible"] += [rank + number for number in document.visible]
+            made["hidden"] += [rank] * (end - start)
+            made["chars"] += document.chars
+        made["ranks"] = list(range(len(made["ids"])))
+        for key in keys:
+            columns[key].append(made[key])
+    longest = max(len(row) for row in columns["positions"])
+    for row in columns["positions"]:
+        row += range(longest - len(row))  # padding is a document of its own
+    return on_device(
+        AugmentingTokens(
+            input_ids=padded(columns["ids"], 0),
+            ranks=padded(columns["ranks"], HOLE),
+            ends=padded(columns["ends"], 0),
+            position_ids=padded(columns["positions"], 0),
+            visible=padded(columns["visible"], 0),
+            hidden=padded(columns["hidden"], 0),
+            chars=padded(columns["chars"], 0),
+        ),
+        tokens.device,
+    )
+
+
+def padded(rows: list[list[int]], value: int) -> Int[Tensor, "batch longest"]:
+    """Rows of unequal length as one tensor, padded on the right."""
+    longest = max(len(row) for row in rows)
+    return torch.tensor([row + [value] * (longest - len(row)) for row in rows], dtype=torch.long)
+
+
+def on_device(tokens: AugmentingTokens, device: torch.device) -> AugmentingTokens:
+    """The same on another device."""
+    plain: Any = tokens
+    moved: Any = {name: tensor.to(device) for name, tensor in plain.items()}
+    return moved

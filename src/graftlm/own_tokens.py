@@ -1,0 +1,196 @@
+"""Run an augmenting model that reads tokens of its own, as the text settles them."""
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from graftlm import decoder
+from graftlm.alignment import align_by_rank
+from graftlm.augmenting_tokens import (
+    HOLE,
+    AugmentingTokens,
+    ReadingCache,
+    keeps_keys_only,
+    read_batch,
+    read_documents,
+)
+from graftlm.config import DistanceUnit
+from graftlm.reading import Reader
+
+if TYPE_CHECKING:
+    from graftlm.cache import ComposedCache
+    from graftlm.composed import ComposedModel
+    from graftlm.passes import ForwardPass, PassInputs
+
+
+def has_reader(model: "ComposedModel", name: str) -> bool:
+    """Whether an augmenting model reads tokens of its own, or only some of the anchor's."""
+    return name in model.readers or model.config.alignments[name] != "identity"
+
+
+def run_reader(
+    model: "ComposedModel", forward_pass: "ForwardPass", name: str, inputs: "PassInputs"
+) -> None:
+    """Capture the hidden states of what one augmenting model reads of the new tokens."""
+    cache = forward_pass.cache
+    reading = None if cache is None else cache.readings[name]
+    if reading is None:
+        tokens = read_tokens(model, name, inputs)
+        ranks, ends = tokens["ranks"], tokens["ends"]
+    else:
+        tokens = read_on(model, name, reading, cache, inputs)
+        ranks, ends = reading.ranks, reading.ends
+    if not ranks.shape[1]:
+        return
+    if tokens["ranks"].shape[1]:
+        run_read_tokens(model, forward_pass, name, tokens, reading, inputs)
+    forward_pass.plan[name] = align_by_rank(
+        tokens,
+        ranks,
+        ends,
+        position=model.config.bridge.position,
+        unit=distance_unit(model, name),
+        num_heads=model.num_bridge_heads,
+    )
+
+
+def read_tokens(model: "ComposedModel", name: str, inputs: "PassInputs") -> AugmentingTokens:
+    """What an augmenting model reads of whole rows: as prepared, or read here."""
+    if inputs.augmenting_inputs is not None:
+        if name not in inputs.augmenting_inputs:
+            raise ValueError(
+                f"augmenting_inputs lacks augmenting model {name!r}; make them with "
+                "ComposedProcessor, or leave them out"
+            )
+        return inputs.augmenting_inputs[name]
+    tokens, position_ids = inputs.tokens_to_read, inputs.position_ids
+    if inputs.attention_mask is None and position_ids is not None:
+        return read_documents(reader(model, name), tokens, position_ids.expand_as(tokens))
+    is_read = inputs.columns_to_read(0)
+    return read_batch(reader(model, name), [None] * len(tokens), tokens, is_read)[0]
+
+
+def read_on(
+    model: "ComposedModel",
+    name: str,
+    reading: ReadingCache,
+    cache: "ComposedCache",
+    inputs: "PassInputs",
+) -> AugmentingTokens:
+    """Read the new tokens of a pass with a cache, and remember them."""
+    past = int(cache.get_seq_length())
+    if reading.num_columns != past:
+        raise ValueError(
+            f"the cache holds {past} tokens, of which augmenting model {name!r} has read "
+            f"{reading.num_columns}, so it cannot read on; it was switched off: start with a "
+            "fresh cache"
+        )
+    shows_unsettled = reader(model, name).shows_unsettled
+    if shows_unsettled and not keeps_keys_only(reading.config):
+        raise ValueError(
+            f"augmenting model {name!r} is recurrent and cannot take tokens back, which "
+            "alignment='char_end' needs; use 'committed', or use_cache=False"
+        )
+    if past and shows_unsettled:
+        cache.drop_slots(name, reading.roll_back())
+    ids = inputs.tokens_to_read
+    tokens, readings = read_batch(
+        reader(model, name),
+        reading.readings or [None] * len(ids),
+        ids,
+        inputs.columns_to_read(past),
+    )
+    reading.extend(tokens, readings)
+    return tokens
+
+
+def run_read_tokens(
+    model: "ComposedModel",
+    forward_pass: "ForwardPass",
+    name: str,
+    tokens: AugmentingTokens,
+    reading: ReadingCache | None,
+    inputs: "PassInputs",
+) -> None:
+    """Run an augmenting model over the tokens read in this pass."""
+    view, input_ids = model.running_view(name), tokens["input_ids"]
+    if reading is not None and reading.by_row:
+        run_row_by_row(model, forward_pass, name, tokens, reading)
+        return
+    is_packed = bool(tokens["hidden"].any()) if reading is None else False
+    mask: Any = None if is_packed else (tokens["ranks"] != HOLE).long()
+    cache = None if reading is None else reading.caches[0]
+    if reading is not None and reading.ranks.shape[1] > input_ids.shape[1]:
+        mask = decoder.masks_by_position(view, tokens["ranks"], reading.ranks)
+    model.capture(
+        forward_pass,
+        name,
+        decoder.call_arguments(
+            view,
+            input_ids=input_ids,
+            attention_mask=mask,
+            query_length=input_ids.shape[1],
+            cache=cache,
+            position_ids=tokens["position_ids"],
+        ),
+    )
+
+
+def run_row_by_row(
+    model: "ComposedModel",
+    forward_pass: "ForwardPass",
+    name: str,
+    tokens: AugmentingTokens,
+    reading: ReadingCache,
+) -> None:
+    """Run each row over just its own new tokens, and put the states together again."""
+    layers = {c.augmenting_layer for c in model.config.connections if c.augmenting == name}
+    view, shape = model.running_view(name), tokens["input_ids"].shape
+    states: dict[int, Tensor] = {}
+    # Some recurrent models of transformers read several tokens wrongly behind a cache.
+    is_recurrent = not keeps_keys_only(reading.config)
+    is_first = reading.ranks.shape[1] == shape[1]
+    for row, cache in enumerate(reading.caches):
+        length = int((tokens["ranks"][row] != HOLE).sum())
+        if not length:
+            continue
+        for start, end in spans(length, one_by_one=is_recurrent and not is_first):
+            arguments = decoder.call_arguments(
+                view,
+                input_ids=tokens["input_ids"][row : row + 1, start:end],
+                attention_mask=None,
+                query_length=end - start,
+                cache=cache,
+                position_ids=tokens["position_ids"][row : row + 1, start:end],
+            )
+            model.capture(forward_pass, name, arguments)
+            for layer in layers:
+                state = forward_pass.states[name, layer]
+                whole = states.setdefault(layer, state.new_zeros(*shape, state.shape[-1]))
+                whole[row, start:end] = state[0]
+    forward_pass.states |= {(name, layer): whole for layer, whole in states.items()}
+
+
+def spans(length: int, one_by_one: bool) -> list[tuple[int, int]]:
+    """The pieces in which to run so many tokens."""
+    return [(k, k + 1) for k in range(length)] if one_by_one else [(0, length)]
+
+
+def reader(model: "ComposedModel", name: str) -> Reader:
+    """How an augmenting model reads the anchor's tokens.
+
+    Raises:
+        ValueError: If the tokenizers are not there.
+    """
+    if name not in model.readers:
+        raise ValueError(
+            f"augmenting model {name!r} has a tokenizer of its own, but the tokenizers are "
+            "not at hand; pass tokenizer= and augmenting_tokenizers="
+        )
+    return model.readers[name]
+
+
+def distance_unit(model: "ComposedModel", name: str) -> DistanceUnit:
+    """What positions count; tokens where both models share them."""
+    is_shared = model.config.alignments[name] == "identity"
+    return "tokens" if is_shared else model.config.bridge.distance_unit

@@ -1,0 +1,325 @@
+"""Read a row of anchor tokens with another tokenizer, token by token.
+
+    anchor tokens -> the text they spell so far -> augmenting tokens that this text settles
+
+A `Reading` is what one augmenting model has read of one row. It depends on the tokens up to its
+own only, so that training, which reads whole rows, and decoding, which reads on and on, see the
+same. It never changes: beams and rollbacks share readings.
+"""
+
+import itertools
+from bisect import bisect_right
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from graftlm.chat import ChatFormat, MessageFinder, Symbols, symbols_of
+from graftlm.stable import StableTokenizer, Tail
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reading:
+    """What has been read up to one anchor token.
+
+    Args:
+        previous: The reading one anchor token earlier; None before the first.
+        num_tokens: Augmenting tokens that are settled, special ones included.
+        num_chars: Characters of text the augmenting model has been given, markup included.
+        new_ids: The augmenting tokens this anchor token settled.
+        new_ends: Where each of them ends, in characters of the text.
+        shown, pending: Anchor tokens whose text is known, as far as they matter to those behind
+            them, and anchor tokens that end in half a character.
+        role: Whose message is open in a chat.
+        held: What may be the beginning of a chat's markup.
+        tail: Text that is not settled yet.
+        settled_chars: Characters of text before `tail`.
+    """
+
+    previous: "Reading | None"
+    num_tokens: int
+    num_chars: int = 0
+    new_ids: tuple[int, ...] = ()
+    new_ends: tuple[int, ...] = ()
+    shown: tuple[int, ...] = ()
+    pending: tuple[int, ...] = ()
+    role: str = ""
+    held: Symbols = ()
+    tail: Tail = field(default_factory=lambda: Tail("", ""))
+    settled_chars: int = 0
+
+    def skip(self) -> "Reading":
+        """The reading after a column that holds no token for the augmenting model."""
+        return replace(self, previous=self, new_ids=(), new_ends=())
+
+    def __deepcopy__(self, memo: object) -> "Reading":
+        return self  # it never changes, and a copy would follow `previous` to the first token
+
+    def back(self, num_columns: int) -> "Reading":
+        """The reading some columns earlier."""
+        reading = self
+        for _ in range(num_columns):
+            assert reading.previous is not None
+            reading = reading.previous
+        return reading
+
+
+class Reader(Protocol):
+    """Turns anchor tokens into the tokens of one augmenting model."""
+
+    # Whether tokens beyond the settled ones are shown too, and taken back when more is known.
+    shows_unsettled: bool
+
+    def start(self) -> Reading:
+        """Before the first anchor token."""
+        ...
+
+    def read(self, reading: Reading, token: int) -> Reading:
+        """After one more anchor token."""
+        ...
+
+    def unsettled(self, reading: Reading) -> tuple[tuple[int, int], ...]:
+        """Tokens of the text that is not settled, as (id, end in characters)."""
+        ...
+
+
+class Writing:
+    """What one anchor token gives the augmenting model: text, or markup with special tokens."""
+
+    def __init__(self, stable: StableTokenizer, reading: Reading):
+        self.stable = stable
+        self.tail = reading.tail
+        self.num_chars = reading.num_chars
+        self.settled_chars = reading.settled_chars
+        self.ids: list[int] = []
+        self.ends: list[int] = []
+
+    def add_text(self, text: str) -> None:
+        """Text, in which nothing is special."""
+        self.num_chars += len(text)
+        self.tail, settled = self.stable.append(self.tail, text)
+        self.settle(settled)
+
+    def add_markup(self, symbols: Symbols) -> None:
+        """Text and special tokens, of which each settles all text before it."""
+        for is_text, group in itertools.groupby(symbols, key=lambda s: isinstance(s, str)):
+            if is_text:
+                self.add_text("".join(map(str, group)))
+                continue
+            for token in group:
+                self.settle(self.stable.finish(self.tail))
+                self.tail = self.stable.start()
+                self.settle([(int(token), 0)])
+
+    def settle(self, tokens: Iterable[tuple[int, int]]) -> None:
+        """Note tokens, given with their numbers of characters."""
+        for index, num_chars in tokens:
+            self.settled_chars += num_chars
+            self.ids.append(index)
+            self.ends.append(self.settled_chars)
+
+
+class TextReader:
+    """Reads through the text: for an augmenting model with a tokenizer of its own.
+
+    Args:
+        anchor: The anchor's tokenizer.
+        augmenting: The augmenting model's.
+        alignment: "committed" shows a token once no continuation of the text can change it;
+            "char_end" shows all tokens of the text so far.
+    """
+
+    def __init__(
+        self,
+        anchor: PreTrainedTokenizerBase,
+        augmenting: PreTrainedTokenizerBase,
+        alignment: str = "committed",
+    ):
+        self.anchor = anchor
+        self.augmenting = augmenting
+        self.stable = StableTokenizer(augmenting)
+        our_format = ChatFormat.of(anchor)
+        self.finder = None if our_format is None else MessageFinder(anchor, our_format)
+        self.their_format = ChatFormat.of(augmenting)
+        self.shows_unsettled = alignment == "char_end"
+        self.special = frozenset(
+            index for index, token in anchor.added_tokens_decoder.items() if token.special
+        )
+
+    def start(self) -> Reading:
+        """Before the first token: what the augmenting tokenizer puts before any text."""
+        ids = self.stable.prefix_ids
+        return Reading(
+            previous=None,
+            num_tokens=len(ids),
+            new_ids=ids,
+            new_ends=(0,) * len(ids),
+            tail=self.stable.start(),
+        )
+
+    def read(self, reading: Reading, token: int) -> Reading:
+        """After one more anchor token; special tokens spell nothing, but may mark a message."""
+        if token in self.special:
+            text, symbols, shown, pending = "", (token,), reading.shown, ()
+        else:
+            text, shown, pending = self.spell(reading, token)
+            symbols = tuple(text)
+        held: Symbols = ()
+        found = [("text", text)]
+        if self.finder is not None:
+            held, found = self.finder.find(reading.held, symbols)
+        writing, role = Writing(self.stable, reading), reading.role
+        for kind, value in found:
+            if kind == "text":
+                writing.add_text(value)
+                continue
+            role = value or role
+            writing.add_markup(self.markup(kind, role, is_first=not writing.num_chars))
+        return Reading(
+            previous=reading,
+            num_tokens=reading.num_tokens + len(writing.ids),
+            num_chars=writing.num_chars,
+            new_ids=tuple(writing.ids),
+            new_ends=tuple(writing.ends),
+            shown=shown,
+            pending=pending,
+            role=role,
+            held=held,
+            tail=writing.tail,
+            settled_chars=writing.settled_chars,
+        )
+
+    def markup(self, kind: str, role: str, is_first: bool) -> Symbols:
+        """What the augmenting model's template writes where a message opens or closes.
+
+        A model without one reads the contents as paragraphs.
+        """
+        if self.their_format is None:
+            return tuple("\n\n") if kind == "open" and not is_first else ()
+        texts = self.their_format.headers if kind == "open" else self.their_format.footers
+        return symbols_of(self.augmenting, texts.get(role, ""))
+
+    def spell(self, reading: Reading, token: int) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
+        """The text one token adds, and the new `shown` and `pending` tokens.
+
+        How a token is spelled depends on the tokens before it (a space, half a character), so
+        it is decoded together with them.
+        """
+        pending = (*reading.pending, token)
+        before = self.decode(reading.shown)
+        text = self.decode((*reading.shown, *pending))
+        if len(text) <= len(before) or text.endswith("\ufffd"):
+            return "", reading.shown, pending
+        return text[len(before) :], pending, ()
+
+    def decode(self, tokens: tuple[int, ...]) -> str:
+        """The text of anchor tokens."""
+        if not tokens:
+            return ""
+        return self.anchor.backend_tokenizer.decode(list(tokens), skip_special_tokens=False)
+
+    def unsettled(self, reading: Reading) -> tuple[tuple[int, int], ...]:
+        """Tokens of the text so far that are not settled."""
+        rest, end = [], reading.settled_chars
+        for index, num_chars in self.stable.finish(reading.tail):
+            end += num_chars
+            rest.append((index, end))
+        return tuple(rest)
+
+
+class IdentityReader:
+    """Reads the anchor's own tokens, but for those a smaller vocabulary lacks.
+
+    Args:
+        vocab_size: Tokens of the augmenting model.
+    """
+
+    shows_unsettled = False
+
+    def __init__(self, vocab_size: int):
+        self.vocab_size = vocab_size
+
+    def start(self) -> Reading:
+        """Before the first token."""
+        return Reading(previous=None, num_tokens=0)
+
+    def read(self, reading: Reading, token: int) -> Reading:
+        """After one more token, which is its own text of length 1."""
+        place = reading.num_chars + 1
+        if token >= self.vocab_size:
+            return replace(reading.skip(), num_chars=place)
+        return Reading(
+            previous=reading,
+            num_tokens=reading.num_tokens + 1,
+            num_chars=place,
+            new_ids=(token,),
+            new_ends=(place,),
+        )
+
+    def unsettled(self, reading: Reading) -> tuple[tuple[int, int], ...]:
+        """Nothing: a token is what it is."""
+        return ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowPass:
+    """What one pass reads of one row.
+
+    Args:
+        ids, ends: Augmenting tokens to run in this pass, and where each ends in the text.
+        first_rank: Number of augmenting tokens of this row that were run before.
+        visible: For each anchor token, how many augmenting tokens it may see, from the row's
+            first one on.
+        chars: For each anchor token, how many characters the tokens up to it spell.
+        reading: The reading after the last anchor token.
+    """
+
+    ids: list[int]
+    ends: list[int]
+    first_rank: int
+    visible: list[int]
+    chars: list[int]
+    reading: Reading
+
+
+def read_row(
+    reader: Reader, reading: Reading | None, tokens: Iterable[int], is_read: Iterable[bool]
+) -> RowPass:
+    """Read some more anchor tokens of a row.
+
+    Args:
+        reader: Of the augmenting model.
+        reading: After the tokens before, or None at the beginning of a row.
+        tokens: Anchor tokens.
+        is_read: False for tokens that are not for the augmenting model, such as padding.
+    """
+    ids: list[int] = []
+    ends: list[int] = []
+    if reading is None:
+        reading = reader.start()
+        ids, ends = list(reading.new_ids), list(reading.new_ends)
+        first_rank = 0
+    else:
+        first_rank = reading.num_tokens
+    visible, chars = [], []
+    for token, wanted in zip(tokens, is_read, strict=True):
+        reading = reader.read(reading, token) if wanted else reading.skip()
+        if wanted:
+            ids += reading.new_ids
+            ends += reading.new_ends
+        visible.append(reading.num_tokens)
+        chars.append(reading.num_chars)
+    if reader.shows_unsettled:
+        for index, end in reader.unsettled(reading):
+            ids.append(index)
+            ends.append(end)
+        visible = [first_rank + bisect_right(ends, n) for n in chars]
+    return RowPass(
+        ids=ids,
+        ends=ends,
+        first_rank=first_rank,
+        visible=visible,
+        chars=chars,
+        reading=reading,
+    )

@@ -1,0 +1,736 @@
+"""Tokens that no continuation of a text can change.
+
+    text so far -> tokens that every continuation of it begins with
+
+A tokenizer decides late: `" the"` may yet become `" therefore"`. Two rules tell what is settled.
+Words (pre-tokens) are settled once they come out the same whatever is written behind them, tried
+with `PROBES`, one continuation for each kind of character that tokenizers tell apart. Within the
+last, open word, BPE and Unigram give
+
+    tokens(word + more) = tokens(word[:q]) + [a token from q to beyond the word] + ...
+
+for some q where word[q:] begins an entry of the vocabulary, or q = len(word). What
+tokens(word[:q]) have in common for all such q is settled.
+
+Text is read character by character, so that the result cannot depend on how it was cut.
+"""
+
+import functools
+import json
+import re
+import unicodedata
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+CACHE_SIZE = 2**15
+# Longer contexts are cut at a token, where the model allows it.
+MAX_CONTEXT = 256
+
+# Continuations that end a word, or carry it on, in all ways tokenizers know. Those that change
+# most come first, since nothing is settled as soon as two of them disagree from the beginning.
+LITERAL_PROBES = ("a", " ", "s", " a", "  ", "▁", "▁a", ".", "1", "\n", "的")
+PROBES = (
+    *("a", " ", "s", "1", ".", "\n", " a", "'", "A", "e", "的", "\u0301", "\t", "t", "  "),
+    *("m", "d", "l", "ll", "re", "ve", "'s", "'t", "'ll", "'re", "'ve", "'S", "T", "LL", "Aa"),
+    *("12", "123", "1234", "1a", " 1", ".a", "..", ". ", ".\n", ",", "-", "_", "/", "#", "<", "("),
+    *("\n\n", "\r", "\r\n", "\n ", "\n a", " \n", "  \n", " \n a", "   a", "\t\t", "\ta", " ."),
+    *("\u00a0", "\u3000", "\u2028", "。", "あ", "ア", "ー", "한", "ᅡ", "ᆨ", "я", "Я", "λ", "é"),
+    *("ب", "َ", "א", "क", "ि", "ा", "्", "ก", "ั", "า", "๑", "٣", "२", "²", "½", "Ⅷ", "€", "`", "``"),
+    *("''", "😀", "\u200d", "\ufe0f", "🏽", "🇩", "\u20e3", "ǅ", "ʰ", "\x00", "\u200b", "\ufffd"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """Text that has been read but not settled, and what stands right before it.
+
+    Args:
+        context: Settled text just before, enough to tokenise `text` as within the whole.
+        text: Not settled yet.
+        num_settled: Tokens of `context`.
+        inside: Whether text stands right before `context`, so that the tokenizer must not treat
+            it as the beginning of a text, where many put a space.
+    """
+
+    context: str
+    text: str
+    num_settled: int = 0
+    inside: bool = False
+
+
+Token = tuple[int, tuple[int, int]]
+
+
+class Pieces(NamedTuple):
+    """An encoded window: each token's id, place in the text and word."""
+
+    tokens: list[Token]
+    words: list[int | None]
+
+    def begin(self, index: int) -> int:
+        """Where a token begins in the text."""
+        return self.tokens[index][1][0]
+
+    def end(self, index: int) -> int:
+        """Where a token ends in the text."""
+        return self.tokens[index][1][1]
+
+    def ids(self, start: int, end: int) -> list[int]:
+        """Token ids alone."""
+        return [token for token, _ in self.tokens[start:end]]
+
+    def shares_character(self, index: int) -> bool:
+        """Whether a token begins in the character that the token before it ends in."""
+        return self.begin(index) < self.end(index - 1)
+
+    def place(self, index: int) -> int:
+        """Where the tokens before this one end in the text."""
+        return self.end(index - 1) if index else 0
+
+    def word_ends(self) -> list[int]:
+        """Where words end in the text."""
+        return [self.place(n) for n in range(1, len(self.words) + 1) if self.is_word_end(n)]
+
+    def is_word_end(self, index: int) -> bool:
+        """Whether a word ends before this token."""
+        if index in (0, len(self.words)):
+            return True
+        return self.words[index - 1] != self.words[index]
+
+    def word_end(self, index: int) -> int:
+        """The token that follows the word of this token."""
+        return next(n for n in range(index + 1, len(self.words) + 1) if self.is_word_end(n))
+
+    def joined(self, index: int, rest: "Pieces", place: int) -> "Pieces":
+        """The tokens before `index`, and then others, whose text begins at `place`."""
+        tokens = [(token, (place + begin, place + end)) for token, (begin, end) in rest.tokens]
+        words = [-1 - word if word is not None else None for word in rest.words]
+        return Pieces([*self.tokens[:index], *tokens], [*self.words[:index], *words])
+
+
+class Outline(NamedTuple):
+    """Where the words of a window end, however it goes on.
+
+    Args:
+        closed: The end of the words that stay as they are.
+        ends: Where the next word may end within the window.
+        goes_on: Whether it may go on beyond.
+    """
+
+    closed: int
+    ends: tuple[int, ...]
+    goes_on: bool
+
+
+class StableTokenizer:
+    """A tokenizer that says at each character which tokens are settled.
+
+    Literal special tokens in the text are text. The tokenizer given is copied.
+
+    Args:
+        tokenizer: A fast one, as the others do not tell where a token ends.
+
+    Raises:
+        ValueError: The tokenizer is not a fast one.
+    """
+
+    prefix_ids: tuple[int, ...]
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        if not isinstance(tokenizer, PreTrainedTokenizerFast):
+            raise ValueError(
+                f"tokenizer is a {type(tokenizer).__name__}, but a model with tokens of its own "
+                "needs a fast tokenizer, a PreTrainedTokenizerFast; only these tell where a "
+                "token ends"
+            )
+        spec = json.loads(tokenizer.backend_tokenizer.to_str())
+        spec["truncation"] = spec["padding"] = None
+        self.prefix_ids = prefix_ids(spec)
+        spec["post_processor"] = None  # it would trim offsets
+        for random in ("dropout", "alpha", "nbest_size"):
+            spec["model"].pop(random, None)
+        self.set_up(spec)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"prefix_ids": self.prefix_ids, "spec": self.backend.to_str()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.prefix_ids = state["prefix_ids"]
+        self.set_up(json.loads(state["spec"]))
+
+    def set_up(self, spec: dict[str, Any]) -> None:
+        """Make everything from a tokenizer's JSON."""
+        self.backend = backend(spec)
+        self.rules = Rules(spec)
+        inner = without_prefix(spec)
+        self.inner = self.backend if inner is None else backend(inner)
+        self.added = AddedTokens(spec, self.backend)
+        self.tree = WordTree.of(spec, self.backend)
+        self.outlines: dict[str, Outline] = {}
+        self.step = functools.lru_cache(CACHE_SIZE)(self.read)
+
+    def start(self) -> Tail:
+        """Before any text."""
+        return Tail("", "")
+
+    def append(self, tail: Tail, text: str) -> tuple[Tail, tuple[tuple[int, int], ...]]:
+        """Read on.
+
+        Returns:
+            The new tail, and the tokens that are settled now, as (id, number of characters). Of
+            tokens that share a character the last one counts it.
+        """
+        settled: tuple[tuple[int, int], ...] = ()
+        for character in text:
+            tail, more = self.step(tail, character)
+            settled += more
+        return tail, settled
+
+    def finish(self, tail: Tail) -> tuple[tuple[int, int], ...]:
+        """The remaining tokens if the text ends here."""
+        found = self.encode(tail.context + tail.text, tail.inside)
+        return counted(found, tail.num_settled, len(found.tokens), len(tail.context))
+
+    def encode(self, window: str, inside: bool) -> Pieces:
+        """Tokens of a window."""
+        if not inside or self.inner is self.backend:
+            return self.pieces(self.backend, window)
+        found = self.pieces(self.inner, window)
+        for index, (token, (begin, _)) in enumerate(found.tokens[:-1]):
+            if token in self.added.ids:  # behind it, a text begins anew
+                rest = self.pieces(self.backend, window[begin:])
+                return found.joined(index, rest, begin)
+        return found
+
+    def pieces(self, tokenizer: Tokenizer, text: str) -> Pieces:
+        """Tokens of a text, marks that were joined to a character counted with it."""
+        found = tokenizer.encode(text, add_special_tokens=False)
+        places = found.offsets
+        if self.rules.joins:
+            begins = {begin for begin, _ in places} | {len(text)}
+            places = [(begin, after_marks(text, end, begins)) for begin, end in places]
+        return Pieces(list(zip(found.ids, places, strict=True)), found.word_ids)
+
+    def read(self, tail: Tail, character: str) -> tuple[Tail, tuple[tuple[int, int], ...]]:
+        """Read one character."""
+        tail = Tail(tail.context, tail.text + character, tail.num_settled, tail.inside)
+        settled: tuple[tuple[int, int], ...] = ()
+        while True:
+            found, num = self.settle(tail)
+            if num <= tail.num_settled:
+                return tail, settled
+            settled += counted(found, tail.num_settled, num, len(tail.context))
+            tail = self.move_on(tail, found, num)
+
+    def settle(self, tail: Tail) -> tuple[Pieces, int]:
+        """The tokens of the window, and how many of them are settled."""
+        window = tail.context + tail.text
+        window = window[: self.rules.known(window)]
+        base = self.encode(window, tail.inside)
+        num = len(base.tokens)
+        if len(window) <= len(tail.context) or num <= tail.num_settled:
+            return base, tail.num_settled
+        for probe in self.rules.probes[:2]:
+            other = self.encode(window + probe, tail.inside)
+            num = common(base.tokens, other.tokens, num)
+            if num <= tail.num_settled:
+                return base, num
+        kinds = self.kinds_of(window, base)
+        if kinds is None:
+            num = self.settled_by_probes(base, window, tail, num)
+        else:
+            num = self.settled_by_kinds(base, window, kinds, num)
+        while num > tail.num_settled and num < len(base.tokens) and base.shares_character(num):
+            num -= 1
+        return base, num
+
+    def kinds_of(self, window: str, base: Pieces) -> str | None:
+        """What kinds of characters the window has, if only these decide where its words end."""
+        if any(token in self.added.ids for token, _ in base.tokens) or self.added.places(window):
+            return None
+        return self.rules.kinds(window)
+
+    def settled_by_kinds(self, base: Pieces, window: str, kinds: str, num: int) -> int:
+        """How many tokens are settled, where the kinds of characters decide.
+
+        Args:
+            num: At most.
+        """
+        outline = self.outlines.get(kinds)
+        if outline is None:
+            if len(self.outlines) >= CACHE_SIZE:
+                self.outlines.clear()
+            outline = self.outlines[kinds] = self.outline(window)
+        start = next(n for n in range(len(base.tokens) + 1) if base.place(n) >= outline.closed)
+        if self.tree is None or num <= start or not outline.goes_on:
+            return start
+        for end in outline.ends:
+            num = common(base.tokens, self.encode(window[:end], False).tokens, num)
+        return min(num, start + self.tree.num_settled(self.tree.spell(base, start, window)))
+
+    def outline(self, window: str) -> Outline:
+        """Where the words of a window end, however it goes on."""
+        texts = (window, *(window + probe for probe in self.rules.probes))
+        found = [self.encode(text, False).word_ends() for text in texts]
+        closed = 0
+        for end in found[0]:
+            if end > len(window) or any(end not in ends for ends in found):
+                break
+            closed = end
+        following = {next((e for e in ends if e > closed), closed) for ends in found}
+        # Where the window's own word ends does not count: it is among those compared anyway.
+        return Outline(
+            closed,
+            tuple(sorted(end for end in following if closed < end < len(window))),
+            max(following) > len(window),
+        )
+
+    def settled_by_probes(self, base: Pieces, window: str, tail: Tail, num: int) -> int:
+        """How many tokens are settled, as all continuations that are tried tell.
+
+        Args:
+            num: At most.
+        """
+        ends = [n for n in range(num + 1) if base.is_word_end(n)]
+        others = []
+        for text in self.alternatives(window, len(tail.context)):
+            other = self.encode(text, tail.inside)
+            num = common(base.tokens, other.tokens, num)
+            if num <= tail.num_settled:
+                return num
+            ends = [n for n in ends if n <= num and other.is_word_end(n)]
+            others.append((text, other))
+        return self.in_word(base, others, ends[-1], num, window)
+
+    def alternatives(self, window: str, first: int) -> Iterable[str]:
+        """The window where an added token may cut it short, and as it may go on."""
+        for place in self.added.places(window):
+            yield window[: max(place, first)]
+        for probe in self.rules.probes:
+            yield window + probe
+
+    def in_word(
+        self,
+        base: Pieces,
+        others: Sequence[tuple[str, Pieces]],
+        start: int,
+        num: int,
+        window: str,
+    ) -> int:
+        """How many tokens are settled, with those of the open word begun at token `start`.
+
+        Args:
+            num: Tokens that all `others` begin with.
+        """
+        if self.tree is None or num == start:
+            return start
+        word = self.tree.spell(base, start, window)
+        longer = [
+            (text, other, end)
+            for text, other in others
+            if start < len(other.tokens)
+            and other.end((end := other.word_end(start)) - 1) > len(window)
+        ]
+        spelled = [self.tree.spell(other, start, text, end) for text, other, end in longer]
+        ids = [other.ids(start, end) for _, other, end in longer]
+        if not all(text.startswith(word) for text in spelled) or not any(
+            self.tree.tokenize(text) == tokens for text, tokens in zip(spelled, ids, strict=True)
+        ):
+            return start
+        return min(num, start + self.tree.num_settled(word))
+
+    def move_on(self, tail: Tail, found: Pieces, num: int) -> Tail:
+        """The tail once this many tokens of the window are settled."""
+        window = tail.context + tail.text
+        start = self.context_start(found, num)
+        while True:
+            begin = found.end(start - 1) if start else 0
+            inside = tail.inside or begin > 0
+            end = found.end(num - 1)
+            new = Tail(window[begin:end], window[end:], num - start, inside)
+            if start == 0 or self.is_same(new, found.tokens[start:], begin, window):
+                return new
+            start -= 1
+
+    def context_start(self, found: Pieces, num: int) -> int:
+        """The token from which on settled tokens are kept as context."""
+        start = num
+        if not self.rules.is_one_word:
+            for _ in range(self.rules.num_words + 1):
+                start = next(n for n in range(start, -1, -1) if found.is_word_end(n))
+                start = max(0, start - 1)
+            start = next(n for n in range(start + 1, -1, -1) if found.is_word_end(n))
+        # Behind an added token a text begins anew, so that it must be seen.
+        return start - (start > 0 and found.tokens[start - 1][0] in self.added.ids)
+
+    def is_same(self, tail: Tail, tokens: list[Token], begin: int, window: str) -> bool:
+        """Whether the window that begins at `begin` goes on with the same tokens."""
+        if self.rules.num_words == 0:
+            return True
+        again = self.encode(window[begin : self.rules.known(window)], tail.inside).tokens
+        return again == [(token, (a - begin, b - begin)) for token, (a, b) in tokens]
+
+
+class Rules:
+    """What a tokenizer's normalizer and pre-tokenizer may do, read off its JSON.
+
+    Args:
+        spec: The tokenizer's JSON.
+
+    Attributes:
+        is_one_word: Whether all text between two added tokens is one word of a BPE model, which
+            may be begun at any token.
+        num_words: How many settled words the next one depends on, at most.
+        probes: Continuations to try.
+    """
+
+    def __init__(self, spec: dict[str, Any]):
+        normalizers = steps(spec["normalizer"], "normalizers")
+        splitters = [
+            step
+            for step in steps(spec["pre_tokenizer"], "pretokenizers")
+            if not never_splits(step, normalizers)
+        ]
+        flags = ("lstrip", "rstrip", "single_word")
+        flagged = any(token[flag] for token in spec["added_tokens"] for flag in flags)
+        self.is_one_word = not splitters and spec["model"]["type"] == "BPE" and not flagged
+        self.num_words = int(flagged or len(splitters) > 1 or any(map(looks_back, splitters)))
+        literal = all(step["type"] in ("Metaspace", "Split") for step in splitters) and all(
+            "Regex" not in step.get("pattern", {}) for step in splitters
+        )
+        self.probes = LITERAL_PROBES if literal else PROBES
+        kinds = {step["type"] for step in normalizers}
+        self.splits_by_kind = (
+            kinds <= {"NFC"}
+            and self.num_words == 0
+            and len(splitters) == 1
+            and splits_by_kind(splitters[0])
+        )
+        self.joins_any = not kinds <= {*COMPOSING, *BY_CHARACTER}
+        self.joins = self.joins_any or bool(kinds & COMPOSING)
+
+    def kinds(self, window: str) -> str | None:
+        """One character for each of the window, equal where the pre-tokenizer sees no difference.
+
+        None where that is not known.
+        """
+        if not self.splits_by_kind:
+            return None
+        if self.joins and not unicodedata.is_normalized("NFC", window):
+            return None
+        if "'" in window:  # letters of contractions are told apart
+            return "".join(c if c.casefold().isascii() else kind(c) for c in window)
+        return "".join(map(kind, window))
+
+    def known(self, window: str) -> int:
+        """How many characters of a window the normalizer will not join with later ones."""
+        if not self.joins:
+            return len(window)
+        end = len(window)
+        while end and joins_backward(window[end - 1]):
+            end -= 1
+        if not end or window[end - 1].isspace():
+            return end
+        if end < len(window) or self.joins_any or joins_forward(window[end - 1]):
+            return end - 1
+        return end
+
+
+class AddedTokens:
+    """Tokens that are cut out of a text before all others.
+
+    Args:
+        spec: The tokenizer's JSON.
+        tokenizer: Made of it.
+
+    Attributes:
+        ids: Those that occur in text; special ones do not.
+    """
+
+    def __init__(self, spec: dict[str, Any], tokenizer: Tokenizer):
+        tokens = spec["added_tokens"]
+        self.ids = frozenset(token["id"] for token in tokens if not token["special"])
+        self.normalizer = tokenizer.normalizer
+        self.raw = beginnings(token["content"] for token in tokens)
+        self.normalized: frozenset[str] = frozenset()
+        if self.normalizer is not None:
+            contents = [token["content"] for token in tokens if token["normalized"]]
+            self.normalized = beginnings(map(self.normalizer.normalize_str, contents))
+        # A token that must stand alone is not settled at its own end.
+        self.raw |= {token["content"] for token in tokens if token["single_word"]}
+        self.strips = any(token["lstrip"] for token in tokens)
+        self.longest = max(map(len, self.raw | self.normalized), default=0)
+
+    def places(self, window: str) -> list[int]:
+        """Where an added token may begin that the window does not end yet."""
+        size = len(window)
+        starts = range(max(0, size - self.longest), size)
+        found = {n for n in starts if window[n:] in self.raw}
+        if self.normalizer is not None and self.normalized:
+            text = self.normalizer.normalize_str(window)
+            lengths = [n for n in range(1, self.longest + 1) if text[-n:] in self.normalized]
+            if lengths:  # which raw characters these are is not known exactly
+                found |= set(range(max(0, size - 2 * max(lengths) - 2), size))
+        if self.strips:
+            found |= {len(window[:n].rstrip()) for n in found}
+        return sorted(found)
+
+
+class WordTree:
+    """How the tokens of a word change as it goes on.
+
+    Args:
+        tokenize: Text of one word to token ids; never takes a word from the vocabulary as it is.
+        tokenizer: Whose words these are.
+        vocabulary: Of its model.
+        unknown: Tokens that do not spell the text they stand for.
+        takes_whole: Whether a word that is in the vocabulary is always one token.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Tokenizer,
+        vocabulary: Iterable[str],
+        unknown: Iterable[int],
+        takes_whole: bool,
+    ):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.vocabulary = sorted(vocabulary)
+        self.unknown = frozenset(unknown)
+        self.takes_whole = takes_whole
+        self.longest = max(map(len, self.vocabulary), default=0)
+
+    @classmethod
+    def of(cls, spec: dict[str, Any], tokenizer: Tokenizer) -> "WordTree | None":
+        """The tree of a model, or None where its tokens do not form one."""
+        model = spec["model"]
+        if model["type"] == "Unigram":
+            vocabulary = [piece for piece, _ in model["vocab"]]
+            special = {model["unk_id"]}
+        elif model["type"] == "BPE" and not (
+            model["end_of_word_suffix"] or model["continuing_subword_prefix"]
+        ):
+            vocabulary = list(model["vocab"])
+            special = {model["vocab"].get(model["unk_token"])}
+        else:
+            return None
+        if model["byte_fallback"]:
+            special |= {tokenizer.token_to_id(f"<0x{n:02X}>") for n in range(256)}
+        special.discard(None)
+        takes_whole = model.get("ignore_merges", False)
+        plain = tokenizer
+        if takes_whole:
+            plain = backend({**spec, "model": {**model, "ignore_merges": False}})
+        return cls(plain.model, tokenizer, vocabulary, special, takes_whole)
+
+    def tokenize(self, word: str) -> list[int]:
+        """Token ids of a word."""
+        return [token.id for token in self.model.tokenize(word)]
+
+    def spell(self, found: Pieces, start: int, text: str, end: int | None = None) -> str:
+        """Tokens `start` to `end` of a text in the model's own letters."""
+        spelled, place = "", 0
+        for token, (first, last) in found.tokens[start:end]:
+            if token not in self.unknown:
+                spelled += self.tokenizer.id_to_token(token)
+            elif last > place:
+                spelled += self.normalize(text[first:last])
+            place = last
+        return spelled
+
+    def normalize(self, text: str) -> str:
+        """Some text within a word, as the model sees it."""
+        normalizer = self.tokenizer.normalizer
+        return text if normalizer is None else normalizer.normalize_str(text)
+
+    def begins_entry(self, text: str) -> bool:
+        """Whether the vocabulary has a longer entry that begins with this text."""
+        place = bisect_left(self.vocabulary, text)
+        if place < len(self.vocabulary) and self.vocabulary[place] == text:
+            place += 1
+        return place < len(self.vocabulary) and self.vocabulary[place].startswith(text)
+
+    def num_settled(self, word: str) -> int:
+        """How many tokens all words have in common that go on behind this one."""
+        ids = self.tokenize(word)
+        num = len(ids) - (bool(ids) and ids[-1] in self.unknown)  # which may grow
+        for place in range(max(0, len(word) - self.longest), len(word)):
+            if num == 0:
+                break
+            if self.begins_entry(word[place:]):
+                num = common(ids, self.tokenize(word[:place]), num)
+        return num
+
+
+# Normalizers that join characters with those before them; and such as look at each on its own.
+COMPOSING = frozenset({"NFC", "NFD", "NFKC", "NFKD", "StripAccents", "BertNormalizer"})
+BY_CHARACTER = frozenset({"Prepend", "Replace", "Lowercase", "Strip", "Nmt", "ByteLevel"})
+
+
+def backend(spec: dict[str, Any]) -> Tokenizer:
+    """The tokenizer of a JSON, which reads literal special tokens as text."""
+    made = Tokenizer.from_str(json.dumps(spec))
+    made.encode_special_tokens = True
+    return made
+
+
+def prefix_ids(spec: dict[str, Any]) -> tuple[int, ...]:
+    """Special tokens a tokenizer puts before a text."""
+    tokenizer = backend(spec)
+    plain = tokenizer.encode("a", add_special_tokens=False).ids
+    whole = tokenizer.encode("a").ids
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return tuple(whole[:start])
+    return ()
+
+
+def steps(component: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:
+    """The parts of a normalizer or pre-tokenizer in order."""
+    if component is None:
+        return []
+    if component["type"] != "Sequence":
+        return [component]
+    return [step for part in component[name] for step in steps(part, name)]
+
+
+def never_splits(step: dict[str, Any], normalizers: list[dict[str, Any]]) -> bool:
+    """Whether a pre-tokenizer leaves text in one piece."""
+    if step["type"] == "ByteLevel":
+        return not step["use_regex"]
+    if step["type"] == "Metaspace":
+        return not step["split"]
+    pattern = step.get("pattern", {}).get("String")
+    # Gemma: splits at spaces, after these were replaced.
+    return pattern is not None and any(
+        normalizer["type"] == "Replace"
+        and normalizer["pattern"] == step["pattern"]
+        and pattern not in normalizer["content"]
+        for normalizer in normalizers[-1:]
+    )
+
+
+def splits_by_kind(step: dict[str, Any]) -> bool:
+    """Whether a pre-tokenizer tells only Unicode categories, ASCII characters and spaces apart.
+
+    Of the ASCII letters, only those of contractions, behind an apostrophe.
+    """
+    if step["type"] == "ByteLevel":
+        return not step["add_prefix_space"]
+    pattern = step.get("pattern", {}).get("Regex")
+    if step["type"] != "Split" or pattern is None or step["invert"] or not pattern.isascii():
+        return False
+    plain = re.sub(r"\\[pP]\{[A-Z][a-z]?\}|\\[sSrnt]|\(\?i:|\{\d(,\d)?\}", "", pattern)
+    return "\\" not in plain and set(re.findall(r"[A-Za-z0-9]", plain)) <= set("sdmtlvreSDMTLVRE")
+
+
+@functools.cache
+def kind(character: str) -> str:
+    """A character that stands for all of its Unicode category."""
+    category = unicodedata.category(character)
+    if category == "Cn" or character.isspace() or (character.isascii() and category[0] not in "LN"):
+        return character
+    return chr(0xE000 + 128 * ord(category[0]) + ord(category[1]))
+
+
+def looks_back(step: dict[str, Any]) -> bool:
+    """Whether a pre-tokenizer may look at text before the word it cuts off."""
+    known = ("Metaspace", "ByteLevel", "Digits", "Punctuation", "Whitespace", "WhitespaceSplit")
+    if step["type"] in (*known, "BertPreTokenizer", "CharDelimiterSplit"):
+        return False
+    if step["type"] != "Split":
+        return True
+    pattern = step["pattern"].get("Regex", "")
+    return re.search(r"\(\?<|(?<!\[)\^|\\[bBAGK]", pattern) is not None
+
+
+def without_prefix(spec: dict[str, Any]) -> dict[str, Any] | None:
+    """The tokenizer as it is in the middle of a text, if it treats the beginning otherwise."""
+    normalizers = [
+        {**step, "strip_left": False} if step["type"] == "Strip" else step
+        for step in steps(spec["normalizer"], "normalizers")
+        if step["type"] != "Prepend"
+    ]
+    splitters = steps(spec["pre_tokenizer"], "pretokenizers")
+    if splitters and splitters[0]["type"] == "Metaspace":
+        splitters[0] = {**splitters[0], "prepend_scheme": "never"}
+    if splitters and splitters[0]["type"] == "ByteLevel":
+        splitters[0] = {**splitters[0], "add_prefix_space": False}
+    if normalizers == steps(spec["normalizer"], "normalizers") and splitters == steps(
+        spec["pre_tokenizer"], "pretokenizers"
+    ):
+        return None
+    return {
+        **spec,
+        "normalizer": {"type": "Sequence", "normalizers": normalizers},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": splitters} if splitters else None,
+    }
+
+
+def beginnings(contents: Iterable[str]) -> frozenset[str]:
+    """What these begin with, themselves left out."""
+    return frozenset(content[:n] for content in contents for n in range(1, len(content)))
+
+
+def common(first: Sequence[object], second: Sequence[object], limit: int) -> int:
+    """How many elements two sequences have in common from the start, up to a limit."""
+    if first[:limit] == second[:limit]:
+        return min(limit, len(first))
+    pairs = zip(first[:limit], second, strict=False)
+    return next((n for n, (one, other) in enumerate(pairs) if one != other), len(second))
+
+
+def after_marks(text: str, place: int, begins: set[int]) -> int:
+    """The end of a token with the marks behind it that no token claims."""
+    while place not in begins and joins_backward(text[place]):
+        place += 1
+    return place
+
+
+def counted(found: Pieces, start: int, end: int, place: int) -> tuple[tuple[int, int], ...]:
+    """Tokens as (id, number of characters), the text before `place` being counted already."""
+    result = []
+    for index in range(start, end):
+        token, (_, last) = found.tokens[index]
+        if (index + 1 < end and found.shares_character(index + 1)) or last < place:
+            last = place
+        result.append((token, last - place))
+        place = last
+    return tuple(result)
+
+
+@functools.cache
+def joins_backward(character: str) -> bool:
+    """Whether a normalizer may join a character with the one before it."""
+    first = unicodedata.normalize("NFKD", character)[0]
+    return unicodedata.category(first) in ("Mn", "Mc", "Me", "Cf") or is_jamo(first)
+
+
+@functools.cache
+def joins_forward(character: str) -> bool:
+    """Whether a normalizer may join a character with one that joins backward."""
+    parts = unicodedata.normalize("NFKD", character)
+    return unicodedata.category(parts[-1])[0] == "M" or any(
+        part in starters() for part in (character, parts[-1], unicodedata.normalize("NFC", parts))
+    )
+
+
+def is_jamo(character: str) -> bool:
+    """Whether a character is a vowel or final consonant of a Hangul syllable."""
+    return "\u1160" <= character <= "\u11ff" or "\ud7b0" <= character <= "\ud7ff"
+
+
+@functools.cache
+def starters() -> frozenset[str]:
+    """Characters that Unicode composes with a following one."""
+    hangul = {chr(code) for code in (*range(0x1100, 0x1200), *range(0xAC00, 0xD7A4))}
+    decompositions = (unicodedata.decomposition(chr(code)) for code in range(0x30000))
+    pairs = (text.split() for text in decompositions if text and text[0] != "<")
+    return frozenset(hangul | {chr(int(pair[0], 16)) for pair in pairs if len(pair) == 2})

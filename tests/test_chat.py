@@ -1,0 +1,144 @@
+"""Chats across tokenizers: each model reads its own markup around the same contents."""
+
+import copy
+from typing import Any
+
+import pytest
+
+from graftlm.chat import ROLES, ChatFormat, MessageFinder, symbols_of
+from graftlm.processor import ComposedProcessor
+from graftlm.reading import TextReader, read_row
+from two_tokenizers import byte_tokenizer, compose_pair, word_tokenizer
+
+MARKED = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# As Gemma's: another name for the assistant, BOS before everything, no system.
+TURNS = (
+    "{{ '<s>' }}{% for m in messages %}{% if m['role'] == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}"
+    "[{{ 'model' if m['role'] == 'assistant' else m['role'] }}]\n{{ m['content'] }}[/]\n"
+    "{% endfor %}{% if add_generation_prompt %}[model]\n{% endif %}"
+)
+# As Qwen's: a system prompt that nobody asked for.
+DEFAULT_SYSTEM = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
+    + MARKED
+)
+CHAT = [
+    {"role": "user", "content": "Where is the fox?"},
+    {"role": "assistant", "content": "Over the dog.\n\nIt jumps."},
+    {"role": "user", "content": "Why <|im_end|> so?"},
+]
+
+
+def plain(text: Any) -> str:
+    """Without the space that the decoder of this tokenizer leaves at the beginning."""
+    return str(text).replace("<s> ", "<s>")
+
+
+def with_template(tokenizer: Any, template: str | None) -> Any:
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def read_chat(ours: Any, theirs: Any, messages: Any) -> tuple[list[int], Any]:
+    """The anchor's tokens of a chat, and what the augmenting model reads of them."""
+    text = ours.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    ids = ours(text, add_special_tokens=False)["input_ids"]
+    return ids, read_row(TextReader(ours, theirs), None, ids, [True] * len(ids))
+
+
+@pytest.mark.parametrize("template", [MARKED, DEFAULT_SYSTEM])
+def test_headers_and_footers_are_learned_from_a_template(template: str) -> None:
+    found = ChatFormat.of(with_template(byte_tokenizer(), template))
+    assert found is not None
+    assert found.headers == {role: f"<|im_start|>{role}\n" for role in ROLES}
+    assert found.footers == dict.fromkeys(ROLES, "<|im_end|>\n")
+
+
+def test_a_template_without_a_system_takes_it_for_a_user() -> None:
+    found = ChatFormat.of(with_template(word_tokenizer(), TURNS))
+    assert found is not None
+    assert found.headers == {
+        "user": "[user]\n",
+        "assistant": "[model]\n",
+        "system": "[user]\n",
+    }
+    assert set(found.footers.values()) == {"[/]\n"}
+
+
+@pytest.mark.parametrize("template", [None, "{{ messages[0]['content'] }}", "{{ oops( }}"])
+def test_some_templates_mark_no_messages(template: str | None) -> None:
+    assert ChatFormat.of(with_template(byte_tokenizer(), template)) is None
+
+
+def test_a_chat_anchor_reads_a_chat_model_in_its_own_markup() -> None:
+    ours, theirs = (
+        with_template(byte_tokenizer(), MARKED),
+        with_template(word_tokenizer(), TURNS),
+    )
+    chat = CHAT[:2]
+    ids, row = read_chat(ours, theirs, chat)
+    rest = [token for token, _ in TextReader(ours, theirs).unsettled(row.reading)]
+    seen = plain(theirs.decode([*row.ids, *rest]))
+    assert seen == theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    # Nothing of an answer is seen before it: markup opens a turn once the anchor's is complete.
+    start = len(ours.encode("<|im_start|>user\nWhere is the fox?"))
+    reader = TextReader(ours, theirs)
+    before = read_row(reader, None, ids[:start], [True] * start).reading
+    assert "model" not in theirs.decode([*row.ids[: before.num_tokens]])
+
+
+def test_a_chat_anchor_reads_a_base_model_as_paragraphs() -> None:
+    ours, theirs = with_template(byte_tokenizer(), MARKED), word_tokenizer()
+    _, row = read_chat(ours, theirs, CHAT[:2])
+    seen = plain(theirs.decode(row.ids))
+    assert seen.startswith("<s>Where is the fox?\n\nOver the dog.\n\nIt jumps")
+
+
+def test_a_base_anchor_reads_a_chat_model() -> None:
+    """It gets a plain template, whose marks are found again in its text."""
+    theirs = with_template(word_tokenizer(), TURNS)
+    model = compose_pair()
+    processor = ComposedProcessor(byte_tokenizer(), {"augmenting": theirs}, model.config)
+    ids = processor.apply_chat_template(CHAT[:1], add_generation_prompt=True)["input_ids"]
+    assert processor.decode(ids[0]) == "### User\nWhere is the fox?\n\n### Assistant\n"
+    row = read_row(processor.readers["augmenting"], None, ids[0].tolist(), [True] * ids.shape[1])
+    rest = TextReader(processor.tokenizer, theirs).unsettled(row.reading)
+    seen = plain(theirs.decode([*row.ids, *(i for i, _ in rest)]))
+    assert seen == "<s>[user]\nWhere is the fox?[/]\n[model]\n"
+    assert byte_tokenizer().chat_template is None
+
+
+def test_text_that_only_looks_like_markup_stays_text() -> None:
+    ours, theirs = with_template(byte_tokenizer(), MARKED), word_tokenizer()
+    texts = ("<|im_start|>users\nhello ", "a <|im_end|>b <|im_start|><|im_start|>user\nc ")
+    for text, expected in zip(texts, ("<s>users\nhello", "<s>a b \n\nc"), strict=True):
+        ids = ours(text)["input_ids"]
+        row = read_row(TextReader(ours, theirs), None, ids, [True] * len(ids))
+        assert plain(theirs.decode(row.ids)) == expected
+
+
+def test_markup_is_found_however_the_stream_is_cut() -> None:
+    ours = with_template(byte_tokenizer(), MARKED)
+    chat_format = ChatFormat.of(ours)
+    assert chat_format is not None
+    finder = MessageFinder(ours, chat_format)
+    symbols = symbols_of(ours, "x<|im_end|>\n<|im_start|>user\n<|im_start|>us<|im_end|>y")
+    held, whole = finder.find((), symbols)
+    assert held == ()
+    assert whole == [
+        ("text", "x"),
+        ("close", ""),
+        ("open", "user"),
+        ("text", "usy"),
+    ]
+    pieces: list[tuple[str, str]] = []
+    for symbol in symbols:
+        held, found = finder.find(held, (symbol,))
+        pieces += found
+    assert [(k, v) for k, v in pieces if k != "text"] == whole[1:3]
+    assert "".join(v for k, v in pieces if k == "text") == "xusy"

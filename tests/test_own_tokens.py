@@ -1,0 +1,347 @@
+"""An augmenting model with a tokenizer of its own: every claim of exactness, once more."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from families import (
+    FAMILIES,
+    REPRESENTATIVE,
+    assert_cached_is_uncached,
+    generated,
+    open_bridges,
+    positions_of,
+    tiny,
+    uncached_logits,
+)
+from graftlm import Bridge, compose, decoder
+from graftlm.augmenting_tokens import HOLE
+from two_tokenizers import PROMPTS, batch_of, byte_tokenizer, compose_pair, word_tokenizer
+
+SLOW = [
+    pytest.param(name, marks=pytest.mark.slow) for name in sorted(set(FAMILIES) - REPRESENTATIVE)
+]
+EVERY_FAMILY = [*sorted(REPRESENTATIVE), *SLOW]
+
+
+def open_pair(*args: Any, **options: Any) -> Any:
+    return open_bridges(compose_pair(*args, **options).eval())
+
+
+def test_a_fresh_composition_is_the_anchor() -> None:
+    model = compose_pair()
+    assert model.config.alignments == {"augmenting": "committed"}
+    batch = batch_of(*PROMPTS)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    alone = model.anchor(
+        input_ids=ids, attention_mask=mask, position_ids=positions_of(mask), use_cache=False
+    ).logits
+    assert torch.equal(uncached_logits(model, ids, mask), alone)
+    assert not torch.equal(uncached_logits(open_bridges(model), ids, mask), alone)
+
+
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+def test_cached_is_uncached_whatever_the_augmenting_model(family: str) -> None:
+    model = open_pair("llama", family)
+    assert_cached_is_uncached(model, batch_of(*PROMPTS))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma3_text", "mistral", "mamba", "bloom"])
+def test_cached_is_uncached_whatever_the_anchor(family: str) -> None:
+    assert_cached_is_uncached(open_pair(family), batch_of(*PROMPTS))
+
+
+@pytest.mark.parametrize("position", ["none", "distance", "rotary"])
+@pytest.mark.parametrize("unit", ["characters", "tokens"])
+def test_cached_is_uncached_with_every_position(position: Any, unit: Any) -> None:
+    model = open_pair("llama", "gemma3_text", position=position, distance_unit=unit)
+    assert_cached_is_uncached(model, batch_of(*PROMPTS))
+
+
+def test_rows_of_a_batch_are_what_they_are_alone() -> None:
+    model = open_pair("llama", "gemma3_text")
+    together, _ = generated(model, batch_of(*PROMPTS), 12)
+    for row, prompt in enumerate(PROMPTS):
+        alone, _ = generated(model, batch_of(prompt), 12)
+        assert torch.equal(together[row, -12:], alone[0, -12:])
+
+
+def test_nothing_of_the_future_is_seen() -> None:
+    model = open_pair()
+    ids = batch_of("The quick brown fox jumps over the lazy dog")["input_ids"]
+    with torch.no_grad():
+        before = model(input_ids=ids, use_cache=False).logits
+        for place in range(1, ids.shape[1]):
+            changed = ids.clone()
+            changed[:, place:] = torch.randint(4, 300, changed[:, place:].shape)
+            after = model(input_ids=changed, use_cache=False).logits
+            # Other text may have more tokens, and longer sums round differently.
+            torch.testing.assert_close(before[:, :place], after[:, :place], atol=2e-6, rtol=0)
+
+
+def test_right_padding_changes_nothing() -> None:
+    model = open_pair("llama", "mamba")
+    ids = batch_of(PROMPTS[0])["input_ids"]
+    padded = torch.nn.functional.pad(ids, (0, 5))
+    mask = torch.nn.functional.pad(torch.ones_like(ids), (0, 5))
+    with torch.no_grad():
+        alone = model(input_ids=ids, use_cache=False).logits
+        beside = model(input_ids=padded, attention_mask=mask, use_cache=False).logits
+    torch.testing.assert_close(beside[:, : ids.shape[1]], alone, atol=5e-6, rtol=1e-5)
+
+
+def test_packed_documents_are_separate() -> None:
+    model = open_pair("llama", "gemma2")
+    rows = [batch_of(prompt)["input_ids"] for prompt in PROMPTS[:3]]
+    positions = torch.cat([torch.arange(row.shape[1]) for row in rows])[None]
+    with torch.no_grad():
+        packed = model(
+            input_ids=torch.cat(rows, dim=1), position_ids=positions, use_cache=False
+        ).logits
+        alone = [model(input_ids=row, use_cache=False).logits for row in rows]
+    torch.testing.assert_close(packed, torch.cat(alone, dim=1), atol=5e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2", "mamba"])
+def test_beams_are_the_same_with_and_without_a_cache(family: str) -> None:
+    model = open_pair("llama", family)
+    options = {"num_beams": 3, "max_new_tokens": 9, "do_sample": False, "eos_token_id": None}
+    batch = batch_of(*PROMPTS[:3])
+    cached = model.generate(**batch, **options)
+    assert torch.equal(cached, model.generate(**batch, **options, use_cache=False))
+
+
+def test_sampling_is_the_same_with_and_without_a_cache() -> None:
+    model = open_pair("llama", "mistral")
+    options = {"do_sample": True, "max_new_tokens": 9, "num_return_sequences": 2}
+    batch = batch_of(*PROMPTS[:2])
+    torch.manual_seed(3)
+    cached = model.generate(**batch, **options)
+    torch.manual_seed(3)
+    assert torch.equal(cached, model.generate(**batch, **options, use_cache=False))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2"])
+@pytest.mark.parametrize("lookup", [True, False])
+def test_assisted_decoding_rolls_back(family: str, lookup: bool) -> None:
+    model = open_pair("llama", family)
+    batch = batch_of(PROMPTS[0] + " jumps. " + PROMPTS[0])
+    greedy, _ = generated(model, batch, 14)
+    if lookup:
+        helped = model.generate(
+            **batch, max_new_tokens=14, do_sample=False, prompt_lookup_num_tokens=4,
+            eos_token_id=None,
+        )  # fmt: skip
+    else:
+        helped = model.generate(
+            **batch, max_new_tokens=14, do_sample=False, assistant_model=model.anchor,
+            eos_token_id=None,
+        )  # fmt: skip
+    assert torch.equal(helped, greedy)
+
+
+def test_recurrent_models_are_refused_as_parts_of_assisted_decoding() -> None:
+    model = open_pair("llama", "mamba")
+    with pytest.raises(ValueError, match="stateful"):
+        model.generate(**batch_of(PROMPTS[0]), prompt_lookup_num_tokens=3, max_new_tokens=4)
+
+
+def test_a_static_cache_of_the_anchor_gives_the_same_tokens() -> None:
+    model = open_pair("llama", "gemma3_text")
+    batch = batch_of(*PROMPTS)
+    dynamic, _ = generated(model, batch, 8)
+    static, _ = generated(model, batch, 8, cache_implementation="static")
+    assert torch.equal(dynamic, static)
+
+
+def test_a_conversation_can_go_on_and_fork() -> None:
+    model = open_pair("llama", "gemma2")
+    ids = batch_of("The quick brown fox jumps over the lazy dog")["input_ids"]
+    with torch.no_grad():
+        whole = model(input_ids=ids, use_cache=False).logits
+        first = model(input_ids=ids[:, :5], use_cache=True)
+        fork = copy.deepcopy(first.past_key_values)
+        model(input_ids=ids[:, :4], past_key_values=first.past_key_values)
+        pieces = [first.logits]
+        for start, end in ((5, 6), (6, 11), (11, ids.shape[1])):
+            output = model(input_ids=ids[:, start:end], past_key_values=fork)
+            fork = output.past_key_values
+            pieces.append(output.logits)
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, atol=5e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
+def test_rows_roll_back_by_different_numbers_of_augmenting_tokens(family: str) -> None:
+    model = open_pair("llama", family)
+    texts = (
+        "There was once a town where 345",
+        "def add(first, second):\n    return",
+        "敏捷的棕色狐狸",
+    )
+    ids = torch.cat([batch_of(text)["input_ids"][:, :12] for text in texts])
+    with torch.no_grad():
+        whole = model(input_ids=ids, use_cache=False).logits
+        cache = model(input_ids=ids[:, :10], use_cache=True).past_key_values
+        for removed in (3, 1, 4):
+            cache.crop(-removed)
+            start = cache.get_seq_length()
+            output = model(input_ids=ids[:, start : start + 3], past_key_values=cache)
+            torch.testing.assert_close(
+                output.logits, whole[:, start : start + 3], atol=5e-6, rtol=1e-5
+            )
+
+
+def test_rows_can_be_reordered_repeated_and_selected() -> None:
+    for family in ("gemma3_text", "mamba"):
+        model = open_pair("llama", family)
+        texts = ("There was once a town where 345", "def add(first, second):\n    return")
+        ids = torch.cat([batch_of(text)["input_ids"][:, :9] for text in texts])
+        rows = torch.tensor([1, 1, 0])
+        with torch.no_grad():
+            whole = model(input_ids=ids[rows], use_cache=False).logits
+            cache = model(input_ids=ids[:, :6], use_cache=True).past_key_values
+            cache.batch_repeat_interleave(2)  # 0 0 1 1
+            cache.batch_select_indices(torch.tensor([0, 2, 3]))  # 0 1 1
+            cache.reorder_cache(torch.tensor([2, 1, 0]))
+            output = model(input_ids=ids[rows][:, 6:], past_key_values=cache)
+        torch.testing.assert_close(output.logits, whole[:, 6:], atol=5e-6, rtol=1e-5)
+
+
+def test_one_augmenting_model_may_share_the_tokens_and_another_not() -> None:
+    ours, theirs = byte_tokenizer(), word_tokenizer()
+    model = compose(
+        tiny("llama", seed=1, vocab_size=len(ours)),
+        {
+            "shares": tiny("gpt2", seed=2, vocab_size=len(ours)),
+            "own": tiny("gemma2", seed=3, vocab_size=len(theirs)),
+        },
+        every=1,
+        tokenizer=ours,
+        augmenting_tokenizers={"shares": ours, "own": theirs},
+    )
+    assert model.config.alignments == {"shares": "identity", "own": "committed"}
+    assert_cached_is_uncached(open_bridges(model), batch_of(*PROMPTS))
+    static, _ = generated(model, batch_of(*PROMPTS), 6, cache_implementation="static")
+    assert torch.equal(static, generated(model, batch_of(*PROMPTS), 6)[0])
+
+
+def test_reading_the_prompt_only_is_exact_too() -> None:
+    model = open_pair("llama", "gemma2", reads="prompt")
+    batch = batch_of(*PROMPTS)
+    sequences, cached = generated(model, batch, 6)
+    mask = torch.nn.functional.pad(batch["attention_mask"], (0, 6), value=1)
+    with torch.no_grad():
+        whole = model(
+            input_ids=sequences, attention_mask=mask, position_ids=positions_of(mask),
+            use_cache=False, prompt_mask=torch.ones_like(batch["input_ids"]),
+        ).logits  # fmt: skip
+    torch.testing.assert_close(cached, whole[:, -7:-1], atol=5e-6, rtol=1e-5)
+
+
+def test_what_the_processor_prepares_is_what_the_model_reads() -> None:
+    model = open_pair("llama", "gemma2")
+    inputs = model.processor(PROMPTS, padding=True)
+    with torch.no_grad():
+        prepared = model(**inputs)
+        inputs.pop("augmenting_inputs")
+        read = model(**inputs, use_cache=False)
+    assert prepared.past_key_values is None
+    assert torch.equal(prepared.logits, read.logits)
+
+
+def test_reading_other_tokens_is_a_control() -> None:
+    model = open_pair()
+    batch = batch_of("The quick brown fox jumps", "There was once a town whe")
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    with torch.no_grad():
+        own = model(input_ids=ids, attention_mask=mask, read_ids=ids, use_cache=False).logits
+        plain = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        other = model(
+            input_ids=ids, attention_mask=mask, read_ids=ids.flip(0), use_cache=False
+        ).logits
+    assert torch.equal(own, plain)
+    assert not torch.equal(other, plain)
+    read = model.generate(**batch, read_ids=ids, max_new_tokens=5, do_sample=False)
+    assert torch.equal(read, model.generate(**batch, max_new_tokens=5, do_sample=False))
+
+
+def test_only_the_bridges_get_gradients() -> None:
+    model = compose_pair().train()
+    batch = model.processor(PROMPTS, padding=True)
+    model(**batch, labels=batch["input_ids"]).loss.backward()
+    learning = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert learning == {f"model.bridges.{name}" for name, _ in model.bridges.named_parameters()}
+
+
+def test_tokens_beyond_a_smaller_vocabulary_are_holes() -> None:
+    ours = byte_tokenizer()
+    anchor = tiny("llama", seed=1, vocab_size=len(ours))
+    model = open_bridges(compose(anchor, tiny("gemma2", seed=2, vocab_size=300), every=1))
+    assert model.config.alignments == {"augmenting": "identity"}
+    batch = batch_of(*PROMPTS)
+    assert int(batch["input_ids"].max()) >= 300
+    assert_cached_is_uncached(model, batch)
+
+
+def test_rows_of_an_embedding_that_no_token_uses_are_no_reason_to_look_at_tokens() -> None:
+    ours = byte_tokenizer()
+    anchor = tiny("llama", seed=1, vocab_size=len(ours) + 8)
+    other = tiny("gpt2", seed=2, vocab_size=len(ours))
+    model = compose(anchor, other, every=1, tokenizer=ours, augmenting_tokenizers=ours)
+    assert model.model.readers == {}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
+def test_char_end_reads_all_of_the_text_so_far(family: str) -> None:
+    """What the model holds after each step is the tokens of the text so far, and no others."""
+    model = open_pair("llama", family, alignment="char_end")
+    ids = batch_of("The quick brown foxes jump")["input_ids"]
+    states: list[torch.Tensor] = []
+    read = Bridge.read
+
+    def spy(bridge: Any, augmenting_states: torch.Tensor, *args: Any) -> Any:
+        states.append(augmenting_states)
+        return read(bridge, augmenting_states, *args)
+
+    theirs, cache = word_tokenizer(), None
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Bridge, "read", spy)
+        for step in range(ids.shape[1]):
+            cache = model(input_ids=ids[:, step : step + 1], past_key_values=cache).past_key_values
+            text = byte_tokenizer().decode(ids[0, : step + 1])
+            expected = theirs(text, return_tensors="pt")["input_ids"]
+            held = cache.readings["augmenting"]
+            assert int((held.ranks != HOLE).sum()) == expected.shape[1]
+            alone = model.augmenting["augmenting"](expected, output_hidden_states=True)
+            layer = model.config.connections[0].augmenting_layer
+            torch.testing.assert_close(
+                states[-len(model.bridges)][:, -1],
+                alone.hidden_states[layer + 1][:, -1],
+                atol=5e-6,
+                rtol=1e-5,
+            )
+
+
+def test_char_end_sees_in_training_what_decoding_does_not() -> None:
+    """The documented mismatch; "committed" has none."""
+    ids = batch_of("The quick brown foxes jump")["input_ids"]
+    differences = {}
+    for rule in ("committed", "char_end"):
+        model = open_pair(alignment=rule)
+        with torch.no_grad():
+            whole, cache, steps = model(input_ids=ids, use_cache=False).logits, None, []
+            for step in range(ids.shape[1]):
+                output = model(input_ids=ids[:, step : step + 1], past_key_values=cache)
+                cache = output.past_key_values
+                steps.append(output.logits)
+        differences[rule] = float((torch.cat(steps, dim=1) - whole).abs().max())
+    assert differences["committed"] < 5e-6
+    assert differences["char_end"] > 1e-3
+
+
+def test_models_that_skip_holes_run_as_one_batch() -> None:
+    assert decoder.skips_holes(tiny("gemma3_text"))
+    for family in ("mamba", "gpt2", "bloom", "mpt", "gpt_neo"):
+        assert not decoder.skips_holes(tiny(family))
