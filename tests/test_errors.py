@@ -298,3 +298,10 @@ def test_hidden_states_beyond_float16():
     model = compose(anchor, augmenting, every=1)
     with pytest.raises(ValueError, match="beyond the range of float16; load it in bfloat16 or flo"):
         model(token_ids(1, 4))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mamba"])
+def test_models_that_cannot_run_several_endings(family):
+    model = compose_pair("llama", family, alignment="prefix")
+    with pytest.raises(ValueError, match="which cannot run several endings of a text at once, as"):
+        model(token_ids(1, 4))

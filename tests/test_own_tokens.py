@@ -341,6 +341,70 @@ def test_char_end_sees_in_training_what_decoding_does_not() -> None:
     assert differences["char_end"] > 1e-3
 
 
+ROTARY = ["llama", "gemma3_text", "mistral", "qwen3", "falcon"]
+
+
+@pytest.mark.parametrize("family", ROTARY)
+def test_prefix_sees_in_training_what_the_text_so_far_gives(family: str) -> None:
+    """Each position of a whole row, against the row cut off there; and against decoding."""
+    model = open_pair("llama", family, alignment="prefix")
+    ids = batch_of("The quick brown foxes jump 123 狐狸跳")["input_ids"]
+    with torch.no_grad():
+        whole = model(input_ids=ids, use_cache=False).logits
+        for length in range(1, ids.shape[1] + 1):
+            alone = model(input_ids=ids[:, :length], use_cache=False).logits[:, -1]
+            torch.testing.assert_close(whole[:, length - 1], alone, atol=5e-6, rtol=1e-5)
+    assert_cached_is_uncached(model, batch_of(*PROMPTS))
+
+
+def test_prefix_is_char_end_without_its_leak() -> None:
+    """Decoding sees the same with both; only what training shows differs."""
+    ids = batch_of("The quick brown foxes jump")["input_ids"]
+    last = {}
+    for rule in ("prefix", "char_end"):
+        model = open_pair(alignment=rule)
+        with torch.no_grad():
+            cache, steps = None, []
+            for step in range(ids.shape[1]):
+                output = model(input_ids=ids[:, step : step + 1], past_key_values=cache)
+                cache = output.past_key_values
+                steps.append(output.logits)
+        last[rule] = torch.cat(steps, dim=1)
+    torch.testing.assert_close(last["prefix"], last["char_end"], atol=5e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("position", ["none", "distance", "rotary"])
+@pytest.mark.parametrize("unit", ["characters", "tokens"])
+def test_prefix_knows_positions(position: Any, unit: Any) -> None:
+    model = open_pair(
+        "llama", "gemma3_text", position=position, distance_unit=unit, alignment="prefix"
+    )
+    assert_cached_is_uncached(model, batch_of(*PROMPTS))
+
+
+def test_prefix_keeps_every_other_claim() -> None:
+    model = open_pair("llama", "gemma2", alignment="prefix")
+    batch = batch_of(*PROMPTS[:3])
+    beams = {"num_beams": 3, "max_new_tokens": 9, "do_sample": False, "eos_token_id": None}
+    cached = model.generate(**batch, **beams)
+    assert torch.equal(cached, model.generate(**batch, **beams, use_cache=False))
+    greedy, _ = generated(model, batch, 8)
+    assert torch.equal(greedy, generated(model, batch, 8, cache_implementation="static")[0])
+    one = batch_of(PROMPTS[0] + " jumps. " + PROMPTS[0])
+    helped = model.generate(
+        **one, max_new_tokens=12, do_sample=False, prompt_lookup_num_tokens=4, eos_token_id=None
+    )
+    assert torch.equal(helped, generated(model, one, 12)[0])
+    rows = [batch_of(prompt)["input_ids"] for prompt in PROMPTS[:3]]
+    positions = torch.cat([torch.arange(row.shape[1]) for row in rows])[None]
+    with torch.no_grad():
+        packed = model(
+            input_ids=torch.cat(rows, dim=1), position_ids=positions, use_cache=False
+        ).logits
+        alone = [model(input_ids=row, use_cache=False).logits for row in rows]
+    torch.testing.assert_close(packed, torch.cat(alone, dim=1), atol=5e-6, rtol=1e-5)
+
+
 def test_models_that_skip_holes_run_as_one_batch() -> None:
     assert decoder.skips_holes(tiny("gemma3_text"))
     for family in ("mamba", "gpt2", "bloom", "mpt", "gpt_neo"):

@@ -97,28 +97,33 @@ def align_by_rank(
     tokens: AugmentingTokens,
     ranks: Int[Tensor, "batch aug_seq"],
     ends: Int[Tensor, "batch aug_seq"],
+    branches: Int[Tensor, "batch aug_seq"],
     *,
     position: Position,
     unit: DistanceUnit,
     num_heads: int,
 ) -> Alignment:
-    """Let each anchor token read the augmenting tokens that the text up to it settles.
+    """Let each anchor token read the augmenting tokens that the text up to it gives.
 
     Args:
         tokens: What is read in this pass.
-        ranks, ends: Number in the row (-1 for holes) and end in characters of every key, the
-            new ones last.
+        ranks, ends, branches: Number in the row (-1 for holes), end in characters and branch
+            (0 for none) of every key, the new ones last.
         position, unit, num_heads: Of the bridges.
     """
     rank = ranks[:, None, :]
-    visible = (rank >= tokens["hidden"][:, :, None]) & (rank < tokens["visible"][:, :, None])
+    settled = (rank >= tokens["hidden"][:, :, None]) & (rank < tokens["visible"][:, :, None])
+    branch = branches[:, None, :]
+    visible = (branch == 0) & settled
+    visible = visible | ((branch > 0) & (branch == tokens["branch"][:, :, None]) & (rank >= 0))
     any_visible = visible.any(-1, keepdim=True)
     visible = visible | ~any_visible  # an empty row would be NaN; its update is dropped
     if unit == "characters":
         query_positions = tokens["chars"] / CHARACTERS_A_TOKEN
         key_positions = ends / CHARACTERS_A_TOKEN
     else:
-        query_positions, key_positions = tokens["visible"] - 1, ranks
+        query_positions = tokens["hidden"] + tokens["num_seen"] - 1
+        key_positions = ranks
     cross_mask: Tensor = visible[:, None]
     if position == "distance":
         bias = distance_bias(num_heads, query_positions, key_positions)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, TypedDict
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers.cache_utils import (
     Cache,
@@ -21,7 +21,7 @@ from transformers.cache_utils import (
 )
 from transformers.configuration_utils import PreTrainedConfig
 
-from graftlm.reading import Reader, Reading, read_row
+from graftlm.reading import Reader, Reading, RowPass, read_row
 
 HOLE = -1
 
@@ -36,18 +36,28 @@ class AugmentingTokens(TypedDict):
         input_ids: (batch, aug_seq), 0 for padding.
         ranks: (batch, aug_seq), the token's number in its row, from 0; -1 for padding.
         ends: (batch, aug_seq), where the token ends in the text, in characters.
+        branches: (batch, aug_seq), 0 for settled tokens, else the number of the branch.
+        bases: (batch, aug_seq), how many settled tokens stand before the token in its line.
+        starts: (batch, aug_seq), the rank of the first token of its document.
         position_ids: (batch, aug_seq), the token's number in its document.
-        visible: (batch, seq), how many tokens of its row an anchor token sees.
+        visible: (batch, seq), how many settled tokens of its row an anchor token sees.
         hidden: (batch, seq), how many of these it does not see, being of earlier documents.
+        branch: (batch, seq), the branch an anchor token sees besides, or 0.
+        num_seen: (batch, seq), how many tokens it sees with those of the branch.
         chars: (batch, seq), characters of text up to each anchor token.
     """
 
     input_ids: Tensor
     ranks: Tensor
     ends: Tensor
+    branches: Tensor
+    bases: Tensor
+    starts: Tensor
     position_ids: Tensor
     visible: Tensor
     hidden: Tensor
+    branch: Tensor
+    num_seen: Tensor
     chars: Tensor
 
 
@@ -69,8 +79,7 @@ class ReadingCache:
         self.readings: list[Reading] = []
         self.num_columns = 0
         self.caches: list[Cache] = []
-        self.ranks = torch.empty(0, 0, dtype=torch.long)
-        self.ends = torch.empty(0, 0, dtype=torch.long)
+        self.ranks = self.ends = self.branches = torch.empty(0, 0, dtype=torch.long)
 
     def new_cache(self) -> Cache:
         """An empty cache of the augmenting model.
@@ -84,17 +93,19 @@ class ReadingCache:
         if not self.readings:
             batch = len(readings)
             self.caches = [self.new_cache() for _ in range(batch if self.by_row else 1)]
-            self.ranks = self.ends = tokens["ranks"].new_empty(batch, 0)
+            self.ranks = self.ends = self.branches = tokens["ranks"].new_empty(batch, 0)
         self.readings = readings
         self.num_columns += tokens["visible"].shape[1]
         self.ranks = torch.cat([self.ranks, tokens["ranks"]], dim=1)
         self.ends = torch.cat([self.ends, tokens["ends"]], dim=1)
+        self.branches = torch.cat([self.branches, tokens["branches"]], dim=1)
 
     def forget_unsettled(self) -> None:
         """Turn tokens that later text may change into holes."""
         if self.readings:
             known = torch.tensor([r.num_tokens for r in self.readings], device=self.ranks.device)
-            self.ranks = self.ranks.masked_fill(self.ranks >= known[:, None], HOLE)
+            forgotten = (self.ranks >= known[:, None]) | (self.branches > 0)
+            self.ranks = self.ranks.masked_fill(forgotten, HOLE)
 
     def drop_last_holes(self) -> int:
         """Give up the last slots, as far as they are holes in every row; returns their number."""
@@ -103,6 +114,7 @@ class ReadingCache:
         num_dropped = self.ranks.shape[1] - num_slots
         if num_dropped:
             self.ranks, self.ends = self.ranks[:, :num_slots], self.ends[:, :num_slots]
+            self.branches = self.branches[:, :num_slots]
             if not self.by_row:
                 self.caches[0].crop(-num_dropped)
         return num_dropped
@@ -131,6 +143,7 @@ class ReadingCache:
         index = torch.tensor(rows, device=self.ranks.device)
         self.readings = [self.readings[row] for row in rows]
         self.ranks, self.ends = self.ranks[index], self.ends[index]
+        self.branches = self.branches[index]
         if self.by_row:
             # Recurrent states are changed in place, so that a row taken twice needs two.
             self.caches = [copy.deepcopy(self.caches[row]) for row in rows]
@@ -166,17 +179,9 @@ def read_batch(
         read_row(reader, reading, row, keep)
         for reading, row, keep in zip(readings, tokens.tolist(), wanted, strict=True)
     ]
-    ranks = [[row.first_rank + k for k in range(len(row.ids))] for row in rows]
-    made = AugmentingTokens(
-        input_ids=padded([row.ids for row in rows], 0),
-        ranks=padded(ranks, HOLE),
-        ends=padded([row.ends for row in rows], 0),
-        position_ids=padded(ranks, 0),
-        visible=padded([row.visible for row in rows], 0),
-        hidden=torch.zeros(tokens.shape, dtype=torch.long),
-        chars=padded([row.chars for row in rows], 0),
-    )
-    return on_device(made, tokens.device), [row.reading for row in rows]
+    return batched([row_columns([row]) for row in rows], tokens.device), [
+        row.reading for row in rows
+    ]
 
 
 def read_documents(
@@ -186,40 +191,54 @@ def read_documents(
 
     A document begins wherever the positions do not go on by one, as in `packed_segments`.
     """
-    keys = ("ids", "ranks", "ends", "positions", "visible", "hidden", "chars")
-    columns: dict[str, list[list[int]]] = {key: [] for key in keys}
+    rows = []
     for row, positions in zip(tokens.tolist(), position_ids.tolist(), strict=True):
-        made: dict[str, list[int]] = {key: [] for key in keys}
         starts = [k for k, p in enumerate(positions) if k == 0 or p != positions[k - 1] + 1] + [
             len(row)
         ]
-        for start, end in itertools.pairwise(starts):
-            document = read_row(reader, None, row[start:end], [True] * (end - start))
-            rank = len(made["ids"])
-            made["ids"] += document.ids
-            made["ends"] += document.ends
-            made["positions"] += range(len(document.ids))
-            made["visible"] += [rank + number for number in document.visible]
-            made["hidden"] += [rank] * (end - start)
-            made["chars"] += document.chars
-        made["ranks"] = list(range(len(made["ids"])))
-        for key in keys:
-            columns[key].append(made[key])
-    longest = max(len(row) for row in columns["positions"])
-    for row in columns["positions"]:
-        row += range(longest - len(row))  # padding is a document of its own
-    return on_device(
-        AugmentingTokens(
-            input_ids=padded(columns["ids"], 0),
-            ranks=padded(columns["ranks"], HOLE),
-            ends=padded(columns["ends"], 0),
-            position_ids=padded(columns["positions"], 0),
-            visible=padded(columns["visible"], 0),
-            hidden=padded(columns["hidden"], 0),
-            chars=padded(columns["chars"], 0),
-        ),
-        tokens.device,
-    )
+        documents = [
+            read_row(reader, None, row[start:end], [True] * (end - start))
+            for start, end in itertools.pairwise(starts)
+        ]
+        rows.append(row_columns(documents))
+    return batched(rows, tokens.device)
+
+
+def row_columns(documents: list[RowPass]) -> dict[str, list[int]]:
+    """The documents of one row, one behind the other."""
+    columns: dict[str, list[int]] = {name: [] for name in AugmentingTokens.__annotations__}
+    rank = branch = 0
+    for document in documents:
+        num_columns, num_tokens = len(document.visible), len(document.ids)
+        moved = {
+            "input_ids": document.ids,
+            "ranks": [rank + k for k in document.ranks],
+            "ends": document.ends,
+            "branches": [k and branch + k for k in document.branches],
+            "bases": [rank + k for k in document.bases],
+            "starts": [rank] * num_tokens,
+            "position_ids": document.ranks,
+            "visible": [rank + k for k in document.visible],
+            "hidden": [rank] * num_columns,
+            "branch": [k and branch + k for k in document.branch],
+            "num_seen": document.num_seen,
+            "chars": document.chars,
+        }
+        for name, values in moved.items():
+            columns[name] += values
+        rank += document.branches.count(0)
+        branch += max(document.branch, default=0)
+    return columns
+
+
+def batched(rows: list[dict[str, list[int]]], device: torch.device) -> AugmentingTokens:
+    """Rows as tensors, padded on the right."""
+    fillers = {"ranks": HOLE}
+    made: Any = {
+        name: padded([row[name] for row in rows], fillers.get(name, 0)).to(device)
+        for name in AugmentingTokens.__annotations__
+    }
+    return made
 
 
 def padded(rows: list[list[int]], value: int) -> Int[Tensor, "batch longest"]:
@@ -228,8 +247,18 @@ def padded(rows: list[list[int]], value: int) -> Int[Tensor, "batch longest"]:
     return torch.tensor([row + [value] * (longest - len(row)) for row in rows], dtype=torch.long)
 
 
-def on_device(tokens: AugmentingTokens, device: torch.device) -> AugmentingTokens:
-    """The same on another device."""
-    plain: Any = tokens
-    moved: Any = {name: tensor.to(device) for name, tensor in plain.items()}
-    return moved
+def seen_by(
+    tokens: AugmentingTokens, ranks: Tensor, branches: Tensor
+) -> Bool[Tensor, "batch aug_seq slots"]:
+    """Which slots each new augmenting token sees: its line of text, and nothing else.
+
+    Args:
+        tokens: The new ones. Padding sees all, so that no row is empty; nobody sees padding.
+        ranks, branches: (batch, slots), of all slots.
+    """
+    rank, branch = ranks[:, None, :], branches[:, None, :]
+    own = {name: tokens[name][:, :, None] for name in ("ranks", "branches", "bases", "starts")}
+    is_settled = (branch == 0) & (rank < own["bases"])
+    is_own_branch = (branch > 0) & (branch == own["branches"]) & (rank <= own["ranks"])
+    seen = (rank >= own["starts"]) & (rank != HOLE) & (is_settled | is_own_branch)
+    return seen | (own["ranks"] == HOLE)

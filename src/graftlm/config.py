@@ -13,7 +13,7 @@ from graftlm.errors import CheckpointMismatchError
 FORMAT_VERSION = 1
 Position = Literal["none", "distance", "rotary"]
 Reads = Literal["sequence", "prompt"]
-AlignmentRule = Literal["identity", "committed", "char_end"]
+AlignmentRule = Literal["identity", "committed", "prefix", "char_end"]
 DistanceUnit = Literal["characters", "tokens"]
 
 
@@ -139,7 +139,7 @@ class ComposedConfig(PreTrainedConfig):
         reads: "sequence" if the augmenting models get every token, the generated ones included
             (the paper's method); "prompt" if they get the prompt only (its "encoder" ablation).
         alignments: For each augmenting model: "identity" if it reads the anchor's tokens; else
-            which tokens of its own an anchor token sees, "committed" or "char_end".
+            which tokens of its own an anchor token sees, "committed", "prefix" or "char_end".
         scales: Factor on the updates of each augmenting model; 0 switches it off.
         bases: For "anchor" and each augmenting model: `name_or_path`, `revision`, `fingerprint`.
         weights_sha256: Hash of the bridges' file, set when saving.
@@ -191,8 +191,8 @@ class ComposedConfig(PreTrainedConfig):
         for name, alignment in self.alignments.items():
             if alignment not in get_args(AlignmentRule):
                 raise ValueError(
-                    f"alignment of {name!r} is {alignment!r}, but must be 'identity', 'committed' "
-                    "or 'char_end'"
+                    f"alignment of {name!r} is {alignment!r}, but must be 'identity', 'committed', "
+                    "'prefix' or 'char_end'"
                 )
         self.scales = dict.fromkeys(self.augmenting_configs, 1.0) | self.scales
         if self.anchor_config is not None:

@@ -299,24 +299,25 @@ def skips_holes(model: PreTrainedModel) -> bool:
 
 
 def masks_by_position(
-    model: PreTrainedModel, query_positions: Tensor, key_positions: Tensor
+    model: PreTrainedModel, seen: Tensor, query_positions: Tensor, key_positions: Tensor
 ) -> dict[str, Tensor] | Tensor:
-    """What a model that skips holes takes as `attention_mask`, for a cache with holes.
+    """What a model that skips holes takes as `attention_mask`.
 
     Args:
         model: The model.
-        query_positions: (batch, seq), the number of each new token in its row, negative for holes.
+        seen: (batch, seq, slots), True where a new token may see a slot, as far as its layers
+            look back.
+        query_positions: (batch, seq), the number of each new token in its row, negative for
+            padding, which sees all.
         key_positions: (batch, slots), of all slots.
     """
     config = text_config(model.config)
     query, key = query_positions[:, None, :, None], key_positions[:, None, None, :]
-    # A hole among the queries sees all, so that no row is empty; nobody sees the hole.
-    seen = (key >= 0) & (key <= query) | (query < 0)
     window: Any = getattr(config, "sliding_window", None)
     chunk: Any = getattr(config, "attention_chunk_size", None)
 
     def mask(kind: str) -> Tensor:
-        allowed = seen
+        allowed = seen[:, None]
         if kind == "sliding_attention":
             allowed = allowed & ((query - key < window) | (query < 0))
         if kind == "chunked_attention":

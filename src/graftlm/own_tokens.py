@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from graftlm import decoder
 from graftlm.alignment import align_by_rank
@@ -13,6 +14,7 @@ from graftlm.augmenting_tokens import (
     keeps_keys_only,
     read_batch,
     read_documents,
+    seen_by,
 )
 from graftlm.config import DistanceUnit
 from graftlm.reading import Reader
@@ -32,14 +34,20 @@ def run_reader(
     model: "ComposedModel", forward_pass: "ForwardPass", name: str, inputs: "PassInputs"
 ) -> None:
     """Capture the hidden states of what one augmenting model reads of the new tokens."""
+    view = model.running_view(name)
+    if model.config.alignments[name] == "prefix" and not decoder.skips_holes(view):
+        raise ValueError(
+            f"augmenting model {name!r} is a {type(view).__name__}, which cannot run several "
+            "endings of a text at once, as alignment='prefix' needs; use 'committed'"
+        )
     cache = forward_pass.cache
     reading = None if cache is None else cache.readings[name]
     if reading is None:
         tokens = read_tokens(model, name, inputs)
-        ranks, ends = tokens["ranks"], tokens["ends"]
+        ranks, ends, branches = tokens["ranks"], tokens["ends"], tokens["branches"]
     else:
         tokens = read_on(model, name, reading, cache, inputs)
-        ranks, ends = reading.ranks, reading.ends
+        ranks, ends, branches = reading.ranks, reading.ends, reading.branches
     if not ranks.shape[1]:
         return
     if tokens["ranks"].shape[1]:
@@ -48,6 +56,7 @@ def run_reader(
         tokens,
         ranks,
         ends,
+        branches,
         position=model.config.bridge.position,
         unit=distance_unit(model, name),
         num_heads=model.num_bridge_heads,
@@ -117,11 +126,8 @@ def run_read_tokens(
     if reading is not None and reading.by_row:
         run_row_by_row(model, forward_pass, name, tokens, reading)
         return
-    is_packed = bool(tokens["hidden"].any()) if reading is None else False
-    mask: Any = None if is_packed else (tokens["ranks"] != HOLE).long()
     cache = None if reading is None else reading.caches[0]
-    if reading is not None and reading.ranks.shape[1] > input_ids.shape[1]:
-        mask = decoder.masks_by_position(view, tokens["ranks"], reading.ranks)
+    mask = mask_of(view, tokens, reading)
     model.capture(
         forward_pass,
         name,
@@ -134,6 +140,19 @@ def run_read_tokens(
             position_ids=tokens["position_ids"],
         ),
     )
+
+
+def mask_of(view: PreTrainedModel, tokens: AugmentingTokens, reading: ReadingCache | None) -> Any:
+    """What an augmenting model takes as `attention_mask`: a plain one where that says enough."""
+    has_branches = bool(tokens["branches"].any())
+    is_first = reading is None or reading.ranks.shape[1] == tokens["ranks"].shape[1]
+    if is_first and not has_branches:
+        if bool(tokens["hidden"].any()):
+            return None  # packed documents, told apart by their positions
+        return (tokens["ranks"] != HOLE).long()
+    ranks = tokens["ranks"] if reading is None else reading.ranks
+    branches = tokens["branches"] if reading is None else reading.branches
+    return decoder.masks_by_position(view, seen_by(tokens, ranks, branches), tokens["ranks"], ranks)
 
 
 def run_row_by_row(

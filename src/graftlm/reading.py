@@ -68,8 +68,13 @@ class Reading:
 class Reader(Protocol):
     """Turns anchor tokens into the tokens of one augmenting model."""
 
-    # Whether tokens beyond the settled ones are shown too, and taken back when more is known.
-    shows_unsettled: bool
+    # Which tokens are shown: see `graftlm.compose`.
+    alignment: str
+
+    @property
+    def shows_unsettled(self) -> bool:
+        """Whether tokens are shown that are taken back when more is known."""
+        return self.alignment in ("prefix", "char_end")
 
     def start(self) -> Reading:
         """Before the first anchor token."""
@@ -120,14 +125,14 @@ class Writing:
             self.ends.append(self.settled_chars)
 
 
-class TextReader:
+class TextReader(Reader):
     """Reads through the text: for an augmenting model with a tokenizer of its own.
 
     Args:
         anchor: The anchor's tokenizer.
         augmenting: The augmenting model's.
         alignment: "committed" shows a token once no continuation of the text can change it;
-            "char_end" shows all tokens of the text so far.
+            "prefix" and "char_end" show all tokens of the text so far.
     """
 
     def __init__(
@@ -142,7 +147,7 @@ class TextReader:
         our_format = ChatFormat.of(anchor)
         self.finder = None if our_format is None else MessageFinder(anchor, our_format)
         self.their_format = ChatFormat.of(augmenting)
-        self.shows_unsettled = alignment == "char_end"
+        self.alignment = alignment
         self.special = frozenset(
             index for index, token in anchor.added_tokens_decoder.items() if token.special
         )
@@ -228,14 +233,14 @@ class TextReader:
         return tuple(rest)
 
 
-class IdentityReader:
+class IdentityReader(Reader):
     """Reads the anchor's own tokens, but for those a smaller vocabulary lacks.
 
     Args:
         vocab_size: Tokens of the augmenting model.
     """
 
-    shows_unsettled = False
+    alignment = "identity"
 
     def __init__(self, vocab_size: int):
         self.vocab_size = vocab_size
@@ -267,19 +272,28 @@ class RowPass:
     """What one pass reads of one row.
 
     Args:
-        ids, ends: Augmenting tokens to run in this pass, and where each ends in the text.
-        first_rank: Number of augmenting tokens of this row that were run before.
-        visible: For each anchor token, how many augmenting tokens it may see, from the row's
-            first one on.
+        ids: Augmenting tokens to run in this pass: settled ones, then those of each branch. A
+            branch is how the text up to one anchor token ends if nothing follows.
+        ranks: The number of each in its line of text, from the row's first token on.
+        ends: Where each ends in the text, in characters.
+        branches: 0 for settled tokens, else the number of the branch.
+        bases: How many settled tokens stand before each in its line.
+        visible: For each anchor token, how many settled tokens it may see.
+        branch: The branch each anchor token sees too, or 0.
         chars: For each anchor token, how many characters the tokens up to it spell.
+        num_seen: For each anchor token, how many tokens it sees in all.
         reading: The reading after the last anchor token.
     """
 
     ids: list[int]
+    ranks: list[int]
     ends: list[int]
-    first_rank: int
+    branches: list[int]
+    bases: list[int]
     visible: list[int]
+    branch: list[int]
     chars: list[int]
+    num_seen: list[int]
     reading: Reading
 
 
@@ -296,30 +310,57 @@ def read_row(
     """
     ids: list[int] = []
     ends: list[int] = []
+    first_rank = 0 if reading is None else reading.num_tokens
     if reading is None:
         reading = reader.start()
         ids, ends = list(reading.new_ids), list(reading.new_ends)
-        first_rank = 0
-    else:
-        first_rank = reading.num_tokens
-    visible, chars = [], []
+    readings: list[Reading] = []
     for token, wanted in zip(tokens, is_read, strict=True):
         reading = reader.read(reading, token) if wanted else reading.skip()
-        if wanted:
-            ids += reading.new_ids
-            ends += reading.new_ends
-        visible.append(reading.num_tokens)
-        chars.append(reading.num_chars)
-    if reader.shows_unsettled:
+        ids += reading.new_ids
+        ends += reading.new_ends
+        readings.append(reading)
+    if reader.alignment == "char_end":
         for index, end in reader.unsettled(reading):
             ids.append(index)
             ends.append(end)
+    chars = [node.num_chars for node in readings]
+    visible = [node.num_tokens for node in readings]
+    if reader.alignment == "char_end":
         visible = [first_rank + bisect_right(ends, n) for n in chars]
-    return RowPass(
+    ranks = list(range(first_rank, first_rank + len(ids)))
+    made = RowPass(
         ids=ids,
+        ranks=ranks,
         ends=ends,
-        first_rank=first_rank,
+        branches=[0] * len(ids),
+        bases=[rank + 1 for rank in ranks],
         visible=visible,
+        branch=[0] * len(readings),
         chars=chars,
+        num_seen=list(visible),
         reading=reading,
     )
+    if reader.alignment == "prefix":
+        add_branches(made, reader, readings)
+    return made
+
+
+def add_branches(row: RowPass, reader: Reader, readings: list[Reading]) -> None:
+    """Let each anchor token see how the text up to it would end."""
+    number, before = 0, None
+    for column, reading in enumerate(readings):
+        # Columns that add no text see what the column before sees.
+        if before is None or (reading.tail, reading.num_tokens) != before:
+            unsettled = reader.unsettled(reading)
+            before = reading.tail, reading.num_tokens
+            number += 1
+            for k, (index, end) in enumerate(unsettled):
+                row.ids.append(index)
+                row.ranks.append(reading.num_tokens + k)
+                row.ends.append(end)
+                row.branches.append(number)
+                row.bases.append(reading.num_tokens)
+            length = len(unsettled)
+        row.branch[column] = number
+        row.num_seen[column] = reading.num_tokens + length

@@ -150,11 +150,11 @@ class StableTokenizer:
             )
         spec = json.loads(tokenizer.backend_tokenizer.to_str())
         spec["truncation"] = spec["padding"] = None
-        self.prefix_ids = prefix_ids(spec)
-        spec["post_processor"] = None  # it would trim offsets
         for random in ("dropout", "alpha", "nbest_size"):
             spec["model"].pop(random, None)
         self.set_up(spec)
+        self.prefix_ids = prefix_ids(self.backend)
+        self.backend.post_processor = None  # it would trim offsets
 
     def __getstate__(self) -> dict[str, Any]:
         return {"prefix_ids": self.prefix_ids, "spec": self.backend.to_str()}
@@ -168,7 +168,7 @@ class StableTokenizer:
         self.backend = backend(spec)
         self.rules = Rules(spec)
         inner = without_prefix(spec)
-        self.inner = self.backend if inner is None else backend(inner)
+        self.inner = self.backend if inner is None else backend({**inner, "post_processor": None})
         self.added = AddedTokens(spec, self.backend)
         self.tree = WordTree.of(spec, self.backend)
         self.outlines: dict[str, Outline] = {}
@@ -208,12 +208,11 @@ class StableTokenizer:
         return found
 
     def pieces(self, tokenizer: Tokenizer, text: str) -> Pieces:
-        """Tokens of a text, marks that were joined to a character counted with it."""
+        """Tokens of a text."""
         found = tokenizer.encode(text, add_special_tokens=False)
         places = found.offsets
         if self.rules.joins:
-            begins = {begin for begin, _ in places} | {len(text)}
-            places = [(begin, after_marks(text, end, begins)) for begin, end in places]
+            places = [with_marks(text, begin, end) for begin, end in places]
         return Pieces(list(zip(found.ids, places, strict=True)), found.word_ids)
 
     def read(self, tail: Tail, character: str) -> tuple[Tail, tuple[tuple[int, int], ...]]:
@@ -361,10 +360,8 @@ class StableTokenizer:
         """The token from which on settled tokens are kept as context."""
         start = num
         if not self.rules.is_one_word:
-            for _ in range(self.rules.num_words + 1):
-                start = next(n for n in range(start, -1, -1) if found.is_word_end(n))
-                start = max(0, start - 1)
-            start = next(n for n in range(start + 1, -1, -1) if found.is_word_end(n))
+            ends = [n for n in range(num + 1) if found.is_word_end(n)]
+            start = ends[max(0, len(ends) - 1 - self.rules.num_words)]
         # Behind an added token a text begins anew, so that it must be seen.
         return start - (start > 0 and found.tokens[start - 1][0] in self.added.ids)
 
@@ -581,9 +578,8 @@ def backend(spec: dict[str, Any]) -> Tokenizer:
     return made
 
 
-def prefix_ids(spec: dict[str, Any]) -> tuple[int, ...]:
+def prefix_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     """Special tokens a tokenizer puts before a text."""
-    tokenizer = backend(spec)
     plain = tokenizer.encode("a", add_special_tokens=False).ids
     whole = tokenizer.encode("a").ids
     for start in range(len(whole) - len(plain) + 1):
@@ -687,11 +683,13 @@ def common(first: Sequence[object], second: Sequence[object], limit: int) -> int
     return next((n for n, (one, other) in enumerate(pairs) if one != other), len(second))
 
 
-def after_marks(text: str, place: int, begins: set[int]) -> int:
-    """The end of a token with the marks behind it that no token claims."""
-    while place not in begins and joins_backward(text[place]):
-        place += 1
-    return place
+def with_marks(text: str, begin: int, end: int) -> tuple[int, int]:
+    """A token's place, characters and the marks on them counting as one."""
+    while 0 < begin < len(text) and joins_backward(text[begin]):
+        begin -= 1
+    while 0 < end < len(text) and joins_backward(text[end]):
+        end += 1
+    return begin, end
 
 
 def counted(found: Pieces, start: int, end: int, place: int) -> tuple[tuple[int, int], ...]:
