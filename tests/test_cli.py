@@ -192,9 +192,10 @@ def test_compose_writes_a_folder_that_loads(
         *("compose", "--anchor", anchor, "--augmenting", augmenting, "--output", folder),
         *("--every", "2", "--seed", "3", "--num-heads", "2", "--width", "12", "--gate", "--bias"),
         *("--variant", "paper", "--position", "rotary", "--reads", "prompt"),
+        *("--alignment", "identity", "--distance-unit", "tokens"),
         *("--bridge-dtype", "bfloat16", "--dtype", "bfloat16", "--trust-remote-code"),
     )
-    assert "augmenting                 1             3      1" in shown
+    assert "augmenting                 1             3  identity       1" in shown
     assert "position rotary, norm no, gate yes, bias yes; reads prompt." in shown
     assert shown.endswith(f"saved in {folder}\n")
     model = ComposedForCausalLM.from_pretrained(folder)
@@ -212,7 +213,7 @@ def test_compose_with_given_connections(
     words = ["compose", "--anchor", models[0], "--output", str(tmp_path / "c")]
     words += ["--augmenting", f"code={models[1]}", "--augmenting", f"sw={models[1]}"]
     words += ["--connect", "code:0-1", "--connect", "sw:2-3", "--device-map", "cpu"]
-    assert "code                       0             1      1" in output.of(*words)
+    assert "code                       0             1  identity       1" in output.of(*words)
     message = "every is 3 and connections lists 2, but only one"
     assert message in output.of(*words, "--every", "3", status=2)
 
@@ -446,7 +447,7 @@ def test_options_go_over_the_recipe(
         *("train", str(path), "--anchor", models[0], "--every", "3", "--eval-data", data),
         *("--completions-only", *QUICK),
     )
-    assert "code                       2             3      1" in shown
+    assert "code                       2             3  identity       1" in shown
     assert "; 12 to evaluate" in shown
     record = json.loads((tmp_path / "out" / "training.json").read_text())["recipe"]
     assert record["training"]["learning_rate"] == 0.5

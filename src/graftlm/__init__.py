@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from graftlm.config import BridgeConfig, ComposedConfig, Connection
     from graftlm.errors import CheckpointMismatchError, GraftlmError, UnsupportedModelError
     from graftlm.loading import compose
+    from graftlm.processor import ComposedDataCollator, ComposedProcessor
     from graftlm.verification import verify
 
 _HOME = {
@@ -26,8 +27,10 @@ _HOME = {
     "CheckpointMismatchError": "errors",
     "ComposedCache": "cache",
     "ComposedConfig": "config",
+    "ComposedDataCollator": "processor",
     "ComposedForCausalLM": "causal_lm",
     "ComposedModel": "composed",
+    "ComposedProcessor": "processor",
     "Connection": "config",
     "GraftlmError": "errors",
     "UnsupportedModelError": "errors",
@@ -41,8 +44,10 @@ __all__ = [
     "CheckpointMismatchError",
     "ComposedCache",
     "ComposedConfig",
+    "ComposedDataCollator",
     "ComposedForCausalLM",
     "ComposedModel",
+    "ComposedProcessor",
     "Connection",
     "GraftlmError",
     "UnsupportedModelError",

@@ -25,9 +25,12 @@ Base = PreTrainedModel | str | os.PathLike[str]
 VOLATILE = {
     "_name_or_path",
     "architectures",
+    "bos_token_id",
     "dtype",
+    "eos_token_id",
     "output_attentions",
     "output_hidden_states",
+    "pad_token_id",
     "quantization_config",
     "return_dict",
     "torch_dtype",

@@ -26,7 +26,7 @@ class BridgeConfig:
         width: Total width of queries, keys and values, a multiple of `num_heads`. None takes
             the anchor's hidden size, as the paper does; a smaller one is a bottleneck.
         norm: RMSNorm on both inputs, and the update in units of the anchor's hidden states
-            (multiplied by their root mean square): scales of real models differ 1000-fold.
+            (see `graftlm.bridge.typical_size`): scales of real models differ 1000-fold.
         position: "none" is the paper's content-only attention; "distance" subtracts a fixed
             slope times the distance in tokens in three quarters of the heads (as ALiBi does);
             "rotary" turns queries and keys by their positions (as RoPE does).

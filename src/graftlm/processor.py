@@ -145,13 +145,17 @@ class ComposedProcessor:
         """
         place = os.fspath(pretrained_model_name_or_path)
         hub_options = {name: v for name, v in hub_options.items() if not name.startswith("_")}
-        config = read_config(place, **hub_options) if config is None else config
+        if config is None:
+            config = read_config(place, **hub_options)
+        subfolder = hub_options.pop("subfolder", "")
         others: Any = {
-            name: AutoTokenizer.from_pretrained(place, subfolder=f"{FOLDER}/{name}", **hub_options)
+            name: AutoTokenizer.from_pretrained(
+                place, subfolder="/".join(filter(None, (subfolder, FOLDER, name))), **hub_options
+            )
             for name, alignment in config.alignments.items()
             if alignment != "identity"
         }
-        tokenizer: Any = AutoTokenizer.from_pretrained(place, **hub_options)
+        tokenizer: Any = AutoTokenizer.from_pretrained(place, subfolder=subfolder, **hub_options)
         return cls(tokenizer, others, config)
 
 

@@ -18,7 +18,15 @@ import torch
 import yaml
 from transformers import TrainingArguments
 
-from graftlm.config import BridgeConfig, Connection, Position, Reads, spaced_connections
+from graftlm.config import (
+    AlignmentRule,
+    BridgeConfig,
+    Connection,
+    DistanceUnit,
+    Position,
+    Reads,
+    spaced_connections,
+)
 
 DTYPES = ("float32", "bfloat16", "float16")
 VARIANTS = ("graftlm", "paper")
@@ -38,7 +46,8 @@ class Recipe:
         every: Connect every n-th augmenting layer; by default the paper's 4.
         connections: Which layers to connect, instead of `every`: "3-5", "code:3-5" or mappings
             with `augmenting`, `augmenting_layer` and `anchor_layer`.
-        variant, position, num_heads, width, gate, bias, reads: As in `graftlm.compose`.
+        variant, position, num_heads, width, gate, bias, reads, alignment, distance_unit: As in
+            `graftlm.compose`.
         eval_data: Evaluation data, of the same kinds.
         eval_fraction: Part of `data` to hold out for evaluation instead, between 0 and 1.
         max_length: Tokens an example is cut to; by default 1024, or the models' context if that
@@ -66,6 +75,8 @@ class Recipe:
     gate: bool = False
     bias: bool = False
     reads: Reads = "sequence"
+    alignment: str = "auto"
+    distance_unit: DistanceUnit = "characters"
     eval_data: str | None = None
     eval_fraction: float | None = None
     max_length: int | None = None
@@ -90,6 +101,8 @@ class Recipe:
             object.__setattr__(self, "connections", parsed)
         check_choice("variant", self.variant, VARIANTS)
         check_choice("reads", self.reads, get_args(Reads))
+        check_choice("alignment", self.alignment, ("auto", *get_args(AlignmentRule)))
+        check_choice("distance_unit", self.distance_unit, get_args(DistanceUnit))
         check_choice("dtype", self.dtype, ("auto", *DTYPES))
         check_choice("bridge_dtype", self.bridge_dtype, DTYPES)
         if self.max_length is not None and self.max_length < 2:
@@ -170,6 +183,7 @@ class Recipe:
     def compose_options(self) -> dict[str, Any]:
         """The keyword arguments of `graftlm.compose`."""
         same = ("variant", "position", "num_heads", "width", "gate", "bias", "reads", "dtype")
+        same += ("alignment", "distance_unit")
         options = {name: getattr(self, name) for name in (*same, "device_map", "trust_remote_code")}
         options["bridge_dtype"] = getattr(torch, self.bridge_dtype)
         options["connections"] = self.connections

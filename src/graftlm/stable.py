@@ -102,6 +102,10 @@ class Pieces(NamedTuple):
             return True
         return self.words[index - 1] != self.words[index]
 
+    def is_cut(self, index: int) -> bool:
+        """Whether whole characters stand before this token."""
+        return index in (0, len(self.words)) or not self.shares_character(index)
+
     def word_end(self, index: int) -> int:
         """The token that follows the word of this token."""
         return next(n for n in range(index + 1, len(self.words) + 1) if self.is_word_end(n))
@@ -220,33 +224,33 @@ class StableTokenizer:
         tail = Tail(tail.context, tail.text + character, tail.num_settled, tail.inside)
         settled: tuple[tuple[int, int], ...] = ()
         while True:
-            found, num = self.settle(tail)
+            found, closed, num = self.settle(tail)
             if num <= tail.num_settled:
                 return tail, settled
             settled += counted(found, tail.num_settled, num, len(tail.context))
-            tail = self.move_on(tail, found, num)
+            tail = self.move_on(tail, found, closed, num)
 
-    def settle(self, tail: Tail) -> tuple[Pieces, int]:
-        """The tokens of the window, and how many of them are settled."""
+    def settle(self, tail: Tail) -> tuple[Pieces, int, int]:
+        """The tokens of the window; how many are in closed words, and how many are settled."""
         window = tail.context + tail.text
         window = window[: self.rules.known(window)]
         base = self.encode(window, tail.inside)
         num = len(base.tokens)
         if len(window) <= len(tail.context) or num <= tail.num_settled:
-            return base, tail.num_settled
+            return base, 0, 0
         for probe in self.rules.probes[:2]:
             other = self.encode(window + probe, tail.inside)
             num = common(base.tokens, other.tokens, num)
             if num <= tail.num_settled:
-                return base, num
+                return base, 0, 0
         kinds = self.kinds_of(window, base)
         if kinds is None:
-            num = self.settled_by_probes(base, window, tail, num)
+            closed, num = self.settled_by_probes(base, window, tail, num)
         else:
-            num = self.settled_by_kinds(base, window, kinds, num)
-        while num > tail.num_settled and num < len(base.tokens) and base.shares_character(num):
+            closed, num = self.settled_by_kinds(base, window, kinds, num)
+        while not base.is_cut(num):
             num -= 1
-        return base, num
+        return base, min(closed, num), num
 
     def kinds_of(self, window: str, base: Pieces) -> str | None:
         """What kinds of characters the window has, if only these decide where its words end."""
@@ -254,8 +258,8 @@ class StableTokenizer:
             return None
         return self.rules.kinds(window)
 
-    def settled_by_kinds(self, base: Pieces, window: str, kinds: str, num: int) -> int:
-        """How many tokens are settled, where the kinds of characters decide.
+    def settled_by_kinds(self, base: Pieces, window: str, kinds: str, num: int) -> tuple[int, int]:
+        """How many tokens are closed and settled, where the kinds of characters decide.
 
         Args:
             num: At most.
@@ -265,12 +269,13 @@ class StableTokenizer:
             if len(self.outlines) >= CACHE_SIZE:
                 self.outlines.clear()
             outline = self.outlines[kinds] = self.outline(window)
-        start = next(n for n in range(len(base.tokens) + 1) if base.place(n) >= outline.closed)
+        start = sum(end <= outline.closed for _, (_, end) in base.tokens)
         if self.tree is None or num <= start or not outline.goes_on:
-            return start
+            return start, start
         for end in outline.ends:
             num = common(base.tokens, self.encode(window[:end], False).tokens, num)
-        return min(num, start + self.tree.num_settled(self.tree.spell(base, start, window)))
+        word = self.tree.spell(base, start, window)
+        return start, min(num, start + self.tree.num_settled(word))
 
     def outline(self, window: str) -> Outline:
         """Where the words of a window end, however it goes on."""
@@ -289,8 +294,8 @@ class StableTokenizer:
             max(following) > len(window),
         )
 
-    def settled_by_probes(self, base: Pieces, window: str, tail: Tail, num: int) -> int:
-        """How many tokens are settled, as all continuations that are tried tell.
+    def settled_by_probes(self, base: Pieces, window: str, tail: Tail, num: int) -> tuple[int, int]:
+        """How many tokens are closed and settled, as all continuations that are tried tell.
 
         Args:
             num: At most.
@@ -301,10 +306,10 @@ class StableTokenizer:
             other = self.encode(text, tail.inside)
             num = common(base.tokens, other.tokens, num)
             if num <= tail.num_settled:
-                return num
+                return 0, 0
             ends = [n for n in ends if n <= num and other.is_word_end(n)]
             others.append((text, other))
-        return self.in_word(base, others, ends[-1], num, window)
+        return ends[-1], self.in_word(base, others, ends[-1], num, window)
 
     def alternatives(self, window: str, first: int) -> Iterable[str]:
         """The window where an added token may cut it short, and as it may go on."""
@@ -343,10 +348,10 @@ class StableTokenizer:
             return start
         return min(num, start + self.tree.num_settled(word))
 
-    def move_on(self, tail: Tail, found: Pieces, num: int) -> Tail:
-        """The tail once this many tokens of the window are settled."""
+    def move_on(self, tail: Tail, found: Pieces, closed: int, num: int) -> Tail:
+        """The tail once `num` tokens of the window are settled, `closed` of them whole words."""
         window = tail.context + tail.text
-        start = self.context_start(found, num)
+        start = self.context_start(found, closed, num)
         while True:
             begin = found.end(start - 1) if start else 0
             inside = tail.inside or begin > 0
@@ -356,18 +361,22 @@ class StableTokenizer:
                 return new
             start -= 1
 
-    def context_start(self, found: Pieces, num: int) -> int:
+    def context_start(self, found: Pieces, closed: int, num: int) -> int:
         """The token from which on settled tokens are kept as context."""
         start = num
         if not self.rules.is_one_word:
-            ends = [n for n in range(num + 1) if found.is_word_end(n)]
+            ends = [n for n in range(closed + 1) if found.is_cut(n) and found.is_word_end(n)]
             start = ends[max(0, len(ends) - 1 - self.rules.num_words)]
+            if self.rules.may_cut_words and found.place(num) - found.place(start) > MAX_CONTEXT:
+                near = found.place(num) - MAX_CONTEXT // 4
+                start = next(n for n in range(start, num + 1) if found.place(n) >= near)
+                start = next(n for n in range(start, num + 1) if found.is_cut(n))
         # Behind an added token a text begins anew, so that it must be seen.
         return start - (start > 0 and found.tokens[start - 1][0] in self.added.ids)
 
     def is_same(self, tail: Tail, tokens: list[Token], begin: int, window: str) -> bool:
         """Whether the window that begins at `begin` goes on with the same tokens."""
-        if self.rules.num_words == 0:
+        if self.rules.num_words == 0 and len(tail.context) < MAX_CONTEXT // 4:
             return True
         again = self.encode(window[begin : self.rules.known(window)], tail.inside).tokens
         return again == [(token, (a - begin, b - begin)) for token, (a, b) in tokens]
@@ -380,6 +389,7 @@ class Rules:
         spec: The tokenizer's JSON.
 
     Attributes:
+        may_cut_words: Whether a word may be begun at any of its tokens.
         is_one_word: Whether all text between two added tokens is one word of a BPE model, which
             may be begun at any token.
         num_words: How many settled words the next one depends on, at most.
@@ -402,6 +412,9 @@ class Rules:
         )
         self.probes = LITERAL_PROBES if literal else PROBES
         kinds = {step["type"] for step in normalizers}
+        # Tokens of BPE go on alike from any token. Unigram adds up rounded scores, which may
+        # settle a tie otherwise when begun elsewhere.
+        self.may_cut_words = spec["model"]["type"] == "BPE"
         self.splits_by_kind = (
             kinds <= {"NFC"}
             and self.num_words == 0
@@ -419,6 +432,8 @@ class Rules:
         if not self.splits_by_kind:
             return None
         if self.joins and not unicodedata.is_normalized("NFC", window):
+            return None
+        if self.joins and any(map(joins_backward, window)):  # several tokens may end in one place
             return None
         if "'" in window:  # letters of contractions are told apart
             return "".join(c if c.casefold().isascii() else kind(c) for c in window)

@@ -167,14 +167,25 @@ def compare(model: Any, tokenizer: Any, inputs: Any, settings: dict[str, Any], s
 
     from graftlm.cli.show import output
 
-    def text_of(part: Any) -> str:
+    def text_of(part: Any, theirs: Any = None) -> str:
         set_seed(seed)
-        ids = part.generate(**inputs.to(part.device), **settings)[0]
-        return tokenizer.decode(ids[inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        splitter, prompt, options = tokenizer, inputs, settings
+        if theirs is not None:  # a model of other tokens reads the same text
+            text = tokenizer.decode(inputs["input_ids"][0], skip_special_tokens=True)
+            splitter, prompt = (
+                theirs,
+                theirs(text, return_tensors="pt", return_token_type_ids=False),
+            )
+            options = settings | {
+                "pad_token_id": first_known(theirs.pad_token_id, theirs.eos_token_id)
+            }
+        ids = part.generate(**prompt.to(part.device), **options)[0]
+        return splitter.decode(ids[prompt["input_ids"].shape[1] :], skip_special_tokens=True)
 
+    others = {} if model.processor is None else model.processor.augmenting_tokenizers
     with model.anchor_only():
         texts = {"anchor": text_of(model)}
-    texts |= {name: text_of(part) for name, part in model.augmenting.items()}
+    texts |= {name: text_of(part, others.get(name)) for name, part in model.augmenting.items()}
     texts["composed"] = text_of(model)
     console = output()
     if not console.is_terminal:

@@ -13,6 +13,8 @@ BRIDGE_OPTIONS = (
     "gate",
     "bias",
     "reads",
+    "alignment",
+    "distance_unit",
     "bridge_dtype",
 )
 
@@ -94,6 +96,17 @@ def add_bridges(parser: argparse.ArgumentParser) -> None:
         "--reads",
         choices=("sequence", "prompt"),
         help="what the augmenting models get: every token (default), or the prompt only",
+    )
+    group.add_argument(
+        "--alignment",
+        choices=("auto", "identity", "committed", "prefix", "char_end"),
+        help="which tokens the anchor sees of a model with a tokenizer of its own: those no "
+        "further text can change (committed, the default there), or all of the text so far",
+    )
+    group.add_argument(
+        "--distance-unit",
+        choices=("characters", "tokens"),
+        help="what positions count there (default: characters)",
     )
     group.add_argument(
         "--bridge-dtype",

@@ -44,12 +44,14 @@ def show_connections(console: Console, config: ComposedConfig) -> None:
         "augmenting model",
         "layer read",
         "anchor layer",
+        "alignment",
         "scale",
         numbers=("layer read", "anchor layer", "scale"),
     )
     for c in config.connections:
         scale = config.scales[c.augmenting]
-        shown.add_row(c.augmenting, str(c.augmenting_layer), str(c.anchor_layer), f"{scale:g}")
+        layers = str(c.augmenting_layer), str(c.anchor_layer)
+        shown.add_row(c.augmenting, *layers, config.alignments[c.augmenting], f"{scale:g}")
     show(console, "Connections", shown)
 
 
