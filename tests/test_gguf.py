@@ -242,6 +242,13 @@ def test_the_second_time_nothing_is_converted(path, tmp_path, conversions, capfd
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_copy_beside_the_file_is_used(path, conversions):
+    made = gguf.convert(path, path.parent)
+    assert made.parent == path.parent
+    assert gguf.convert(path) == made
+    assert conversions == ["tiny.gguf"]
+
+
 def test_another_file_of_the_same_name_is_another_model(path, conversions):
     first = gguf.resolve(str(path))
     write_gguf(path, seed=1)

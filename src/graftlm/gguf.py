@@ -65,7 +65,8 @@ def convert(path: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | No
 
     Args:
         path: The GGUF file.
-        cache_dir: Where to keep the folder; by default `default_cache()`.
+        cache_dir: Where to keep the folder; by default `default_cache()`. One that lies beside
+            the file, as `make models` leaves it, is used too.
 
     Raises:
         ValueError: If there is no such file, it is no whole GGUF file, or the gguf package is
@@ -75,8 +76,9 @@ def convert(path: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | No
     check_magic(path)
     source = sha256(path)
     folder = Path(cache_dir or default_cache()).absolute() / folder_name(source)
-    if is_whole(folder):
-        return folder
+    for made_before in (folder, path.parent / folder.name):
+        if is_whole(made_before):
+            return made_before
     if importlib.util.find_spec("gguf") is None:
         raise ValueError(
             f"{path} must be converted, but the gguf package is missing; "
