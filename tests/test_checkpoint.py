@@ -228,7 +228,7 @@ def edit_config(folder, **changes):
 
 def test_a_newer_checkpoint_is_refused(saved):
     edit_config(saved, format_version=99)
-    with pytest.raises(CheckpointMismatchError, match="format version 99, but .* up to 1; upgrade"):
+    with pytest.raises(CheckpointMismatchError, match="format version 99, but .* up to 2; upgrade"):
         ComposedForCausalLM.from_pretrained(saved)
 
 

@@ -124,7 +124,7 @@ def test_compose_settings():
 
 
 def test_configurations_of_another_time():
-    with pytest.raises(CheckpointMismatchError, match="format version 9, .* versions up to 1"):
+    with pytest.raises(CheckpointMismatchError, match="format version 9, .* versions up to 2"):
         ComposedConfig(format_version=9)
     with pytest.raises(CheckpointMismatchError, match="knows no model type 'llama9'"):
         ComposedConfig(anchor_config={"model_type": "llama9"})

@@ -112,7 +112,7 @@ def test_trainer_with_and_without_our_collator(tmp_path: Path, reads: Any, worke
     for own in (True, False):
         model = compose_pair(reads=reads)
         tokenizer = model.processor.tokenizer
-        data = Dataset.from_list(ROWS).map(
+        data: Any = Dataset.from_list(ROWS).map(
             lambda row, split=tokenizer: {
                 "input_ids": (ids := split(row["text"])["input_ids"]),
                 "labels": [-100] * 3 + ids[3:],
@@ -188,7 +188,7 @@ def test_pipeline_needs_nothing_more(saved: str) -> None:
     options = {"max_new_tokens": 6, "do_sample": False}
     written = writer(PROMPTS[:2], return_full_text=False, **options)
     model = ComposedForCausalLM.from_pretrained(saved)
-    tokenizer = AutoTokenizer.from_pretrained(saved)
+    tokenizer: Any = AutoTokenizer.from_pretrained(saved)
     for prompt, (answer,) in zip(PROMPTS, written, strict=False):
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
         expected = model.generate(ids, attention_mask=torch.ones_like(ids), **options)

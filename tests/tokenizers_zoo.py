@@ -1,5 +1,6 @@
 """Small real tokenizers of every kind, trained in a moment on a text of many scripts."""
 
+import json
 from collections.abc import Callable
 from functools import cache
 
@@ -65,15 +66,16 @@ def bpe(
     normalizer: normalizers.Normalizer | None = None,
     size: int = 900,
     is_byte_level: bool = True,
-    **options: bool,
+    byte_fallback: bool = False,
 ) -> Tokenizer:
     """A BPE tokenizer."""
-    unknown = {} if is_byte_level else {"unk_token": "<unk>"}
-    tokenizer = Tokenizer(models.BPE(**unknown, **options))
+    unknown = None if is_byte_level else "<unk>"
+    model = models.BPE(unk_token=unknown, byte_fallback=byte_fallback, fuse_unk=byte_fallback)
+    tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizer
     tokenizer.normalizer = normalizer
     special = ["<unk>", "<s>", "</s>"]
-    if options.get("byte_fallback"):
+    if byte_fallback:
         special += [f"<0x{n:02X}>" for n in range(256)]
     trainer = trainers.BpeTrainer(
         vocab_size=size,
@@ -142,8 +144,6 @@ def llama3() -> Tokenizer:
 
 def merges_of(tokenizer: Tokenizer) -> list[tuple[str, str]]:
     """The merges of a BPE model."""
-    import json
-
     return [(a, b) for a, b in json.loads(tokenizer.to_str())["model"]["merges"]]
 
 
@@ -154,7 +154,6 @@ def llama2() -> Tokenizer:
         pre_tokenizers.Metaspace(prepend_scheme="always"),
         is_byte_level=False,
         byte_fallback=True,
-        fuse_unk=True,
         size=1200,
     )
     made.pre_tokenizer = None
@@ -178,7 +177,6 @@ def gemma() -> Tokenizer:
         pre_tokenizers.Metaspace(prepend_scheme="never"),
         is_byte_level=False,
         byte_fallback=True,
-        fuse_unk=True,
         size=1200,
     )
     made.normalizer = normalizers.Replace(" ", "▁")

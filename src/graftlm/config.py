@@ -10,7 +10,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from graftlm.errors import CheckpointMismatchError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: the unit of a normalised update is a median, not a mean square
 Position = Literal["none", "distance", "rotary"]
 Reads = Literal["sequence", "prompt"]
 AlignmentRule = Literal["identity", "committed", "prefix", "char_end"]
@@ -171,6 +171,12 @@ class ComposedConfig(PreTrainedConfig):
             raise CheckpointMismatchError(
                 f"this checkpoint has format version {self.format_version}, but this graftlm "
                 f"reads versions up to {FORMAT_VERSION}; upgrade graftlm"
+            )
+        is_normalised = self.bridge["norm"] if isinstance(self.bridge, dict) else self.bridge.norm
+        if self.format_version < 2 and is_normalised:
+            raise CheckpointMismatchError(
+                f"this checkpoint has format version {self.format_version}, of graftlm 0.1, whose "
+                "normalised bridges had another unit; train again, or use graftlm 0.1"
             )
         if self.reads not in get_args(Reads):
             raise ValueError(f"reads is {self.reads!r}, but must be 'sequence' or 'prompt'")

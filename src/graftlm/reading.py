@@ -348,7 +348,7 @@ def read_row(
 
 def add_branches(row: RowPass, reader: Reader, readings: list[Reading]) -> None:
     """Let each anchor token see how the text up to it would end."""
-    number, before = 0, None
+    number, length, before = 0, 0, None
     for column, reading in enumerate(readings):
         # Columns that add no text see what the column before sees.
         if before is None or (reading.tail, reading.num_tokens) != before:

@@ -80,7 +80,7 @@ class Pieces(NamedTuple):
         """Where a token ends in the text."""
         return self.tokens[index][1][1]
 
-    def ids(self, start: int, end: int) -> list[int]:
+    def ids(self, start: int, end: int | None) -> list[int]:
         """Token ids alone."""
         return [token for token, _ in self.tokens[start:end]]
 
@@ -174,7 +174,7 @@ class StableTokenizer:
         inner = without_prefix(spec)
         self.inner = self.backend if inner is None else backend({**inner, "post_processor": None})
         self.added = AddedTokens(spec, self.backend)
-        self.tree = WordTree.of(spec, self.backend)
+        self.tree = WordTree.of(spec, self.backend, self.inner)
         self.outlines: dict[str, Outline] = {}
         self.step = functools.lru_cache(CACHE_SIZE)(self.read)
 
@@ -215,7 +215,7 @@ class StableTokenizer:
         """Tokens of a text."""
         found = tokenizer.encode(text, add_special_tokens=False)
         places = found.offsets
-        if self.rules.joins:
+        if self.rules.joins and any(map(joins_backward, text)):
             places = [with_marks(text, begin, end) for begin, end in places]
         return Pieces(list(zip(found.ids, places, strict=True)), found.word_ids)
 
@@ -274,7 +274,7 @@ class StableTokenizer:
             return start, start
         for end in outline.ends:
             num = common(base.tokens, self.encode(window[:end], False).tokens, num)
-        word = self.tree.spell(base, start, window)
+        word = self.tree.spell(base, start, window, False)
         return start, min(num, start + self.tree.num_settled(word))
 
     def outline(self, window: str) -> Outline:
@@ -309,7 +309,7 @@ class StableTokenizer:
                 return 0, 0
             ends = [n for n in ends if n <= num and other.is_word_end(n)]
             others.append((text, other))
-        return ends[-1], self.in_word(base, others, ends[-1], num, window)
+        return ends[-1], self.in_word(base, others, ends[-1], num, window, tail.inside)
 
     def alternatives(self, window: str, first: int) -> Iterable[str]:
         """The window where an added token may cut it short, and as it may go on."""
@@ -325,6 +325,7 @@ class StableTokenizer:
         start: int,
         num: int,
         window: str,
+        inside: bool,
     ) -> int:
         """How many tokens are settled, with those of the open word begun at token `start`.
 
@@ -333,14 +334,14 @@ class StableTokenizer:
         """
         if self.tree is None or num == start:
             return start
-        word = self.tree.spell(base, start, window)
+        word = self.tree.spell(base, start, window, inside)
         longer = [
             (text, other, end)
             for text, other in others
             if start < len(other.tokens)
             and other.end((end := other.word_end(start)) - 1) > len(window)
         ]
-        spelled = [self.tree.spell(other, start, text, end) for text, other, end in longer]
+        spelled = [self.tree.spell(other, start, text, inside, end) for text, other, end in longer]
         ids = [other.ids(start, end) for _, other, end in longer]
         if not all(text.startswith(word) for text in spelled) or not any(
             self.tree.tokenize(text) == tokens for text, tokens in zip(spelled, ids, strict=True)
@@ -488,8 +489,8 @@ class AddedTokens:
             lengths = [n for n in range(1, self.longest + 1) if text[-n:] in self.normalized]
             if lengths:  # which raw characters these are is not known exactly
                 found |= set(range(max(0, size - 2 * max(lengths) - 2), size))
-        if self.strips:
-            found |= {len(window[:n].rstrip()) for n in found}
+        if self.strips:  # the spaces before it, if it comes next
+            found |= {len(window[:n].rstrip()) for n in {*found, size}} - {size}
         return sorted(found)
 
 
@@ -497,70 +498,84 @@ class WordTree:
     """How the tokens of a word change as it goes on.
 
     Args:
-        tokenize: Text of one word to token ids; never takes a word from the vocabulary as it is.
+        model: Of the tokenizer; never takes a word from the vocabulary as it is.
         tokenizer: Whose words these are.
+        inner: The same in the middle of a text.
         vocabulary: Of its model.
-        unknown: Tokens that do not spell the text they stand for.
-        takes_whole: Whether a word that is in the vocabulary is always one token.
+        unk_id: The unknown token, if there is one.
+        byte_ids: Tokens that stand for a byte.
     """
 
     def __init__(
         self,
         model: Any,
         tokenizer: Tokenizer,
+        inner: Tokenizer,
         vocabulary: Iterable[str],
-        unknown: Iterable[int],
-        takes_whole: bool,
+        unk_id: int | None,
+        byte_ids: Iterable[int | None],
     ):
         self.model = model
         self.tokenizer = tokenizer
+        self.inner = inner
         self.vocabulary = sorted(vocabulary)
-        self.unknown = frozenset(unknown)
-        self.takes_whole = takes_whole
+        self.unk_id = unk_id
+        # These do not spell the text they stand for.
+        self.unknown = frozenset({unk_id, *byte_ids})
         self.longest = max(map(len, self.vocabulary), default=0)
 
     @classmethod
-    def of(cls, spec: dict[str, Any], tokenizer: Tokenizer) -> "WordTree | None":
+    def of(cls, spec: dict[str, Any], tokenizer: Tokenizer, inner: Tokenizer) -> "WordTree | None":
         """The tree of a model, or None where its tokens do not form one."""
         model = spec["model"]
         if model["type"] == "Unigram":
             vocabulary = [piece for piece, _ in model["vocab"]]
-            special = {model["unk_id"]}
+            unk_id = model["unk_id"]
         elif model["type"] == "BPE" and not (
             model["end_of_word_suffix"] or model["continuing_subword_prefix"]
         ):
             vocabulary = list(model["vocab"])
-            special = {model["vocab"].get(model["unk_token"])}
+            unk_id = model["vocab"].get(model["unk_token"])
         else:
             return None
-        if model["byte_fallback"]:
-            special |= {tokenizer.token_to_id(f"<0x{n:02X}>") for n in range(256)}
-        special.discard(None)
-        takes_whole = model.get("ignore_merges", False)
+        bytes_as = [f"<0x{n:02X}>" for n in range(256)] if model["byte_fallback"] else []
         plain = tokenizer
-        if takes_whole:
+        if model.get("ignore_merges"):  # a word in the vocabulary is one token, but others not
             plain = backend({**spec, "model": {**model, "ignore_merges": False}})
-        return cls(plain.model, tokenizer, vocabulary, special, takes_whole)
+        return cls(
+            plain.model, tokenizer, inner, vocabulary, unk_id, map(tokenizer.token_to_id, bytes_as)
+        )
 
     def tokenize(self, word: str) -> list[int]:
         """Token ids of a word."""
         return [token.id for token in self.model.tokenize(word)]
 
-    def spell(self, found: Pieces, start: int, text: str, end: int | None = None) -> str:
+    def spell(
+        self, found: Pieces, start: int, text: str, inside: bool, end: int | None = None
+    ) -> str:
         """Tokens `start` to `end` of a text in the model's own letters."""
-        spelled, place = "", 0
-        for token, (first, last) in found.tokens[start:end]:
-            if token not in self.unknown:
-                spelled += self.tokenizer.id_to_token(token)
-            elif last > place:
-                spelled += self.normalize(text[first:last])
-            place = last
-        return spelled
+        ids = found.ids(start, end)
+        if self.unknown.isdisjoint(ids):
+            return "".join(str(self.tokenizer.id_to_token(token)) for token in ids)
+        # Without added tokens the words are those of the pre-tokenizer.
+        words = split(self.inner if inside else self.tokenizer, text)
+        first, last = found.words[start], found.words[-1]
+        if first is not None and last is not None and len(words) == last + 1:
+            return "".join(words[first : None if end is None else first + 1])
+        return self.spell_unknown(found.tokens[start:end], text)
 
-    def normalize(self, text: str) -> str:
-        """Some text within a word, as the model sees it."""
-        normalizer = self.tokenizer.normalizer
-        return text if normalizer is None else normalizer.normalize_str(text)
+    def spell_unknown(self, tokens: list[Token], text: str) -> str:
+        """Tokens in the model's own letters, unknown ones by the text they stand for."""
+        spelled, place = "", 0
+        for token, (first, last) in tokens:
+            if token not in self.unknown:
+                spelled += str(self.tokenizer.id_to_token(token))
+            elif last > place:  # else one more byte of the same character
+                part = text[first:last]
+                normalizer = self.inner.normalizer
+                spelled += part if normalizer is None else normalizer.normalize_str(part)
+                place = last
+        return spelled
 
     def begins_entry(self, text: str) -> bool:
         """Whether the vocabulary has a longer entry that begins with this text."""
@@ -571,14 +586,18 @@ class WordTree:
 
     def num_settled(self, word: str) -> int:
         """How many tokens all words have in common that go on behind this one."""
-        ids = self.tokenize(word)
-        num = len(ids) - (bool(ids) and ids[-1] in self.unknown)  # which may grow
+        ids = self.without_open_end(self.tokenize(word))
+        num = len(ids)
         for place in range(max(0, len(word) - self.longest), len(word)):
             if num == 0:
                 break
             if self.begins_entry(word[place:]):
-                num = common(ids, self.tokenize(word[:place]), num)
+                num = common(ids, self.without_open_end(self.tokenize(word[:place])), num)
         return num
+
+    def without_open_end(self, ids: list[int]) -> list[int]:
+        """Without an unknown token at the end, which grows if the next is unknown too."""
+        return ids[:-1] if ids and ids[-1] == self.unk_id else ids
 
 
 # Normalizers that join characters with those before them; and such as look at each on its own.
@@ -601,6 +620,15 @@ def prefix_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
         if whole[start : start + len(plain)] == plain:
             return tuple(whole[:start])
     return ()
+
+
+def split(tokenizer: Tokenizer, text: str) -> list[str]:
+    """The words of a text that has no added tokens, as the model sees them."""
+    if tokenizer.normalizer is not None:
+        text = tokenizer.normalizer.normalize_str(text)
+    if tokenizer.pre_tokenizer is None:
+        return [text]
+    return [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
 
 
 def steps(component: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:

@@ -1,9 +1,14 @@
-"""`graftlm reproduce`: repeat an experiment of the CALM paper."""
+"""`graftlm reproduce`: repeat an experiment."""
 
 import argparse
 import importlib
+from typing import Any
 
-EXPERIMENTS = {"kv-arithmetic": "graftlm.reproduce.kv_arithmetic"}
+EXPERIMENTS = {
+    "kv-arithmetic": ("kv_arithmetic", "section 4.1: key-value arithmetic (Table 1)"),
+    "translate": ("translate", "real models: Indonesian, Turkish and Swedish to English"),
+    "docstrings": ("docstrings", "real models: Python functions and their docstrings"),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -12,17 +17,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     experiments = parser.add_subparsers(
         dest="experiment", metavar="EXPERIMENT", required=True, prog="graftlm reproduce"
     )
-    for name, module in EXPERIMENTS.items():
+    for name, (module, summary) in EXPERIMENTS.items():
         child = experiments.add_parser(
             name,
-            help="section 4.1: key-value arithmetic (Table 1)",
+            help=summary,
             usage=f"graftlm reproduce {name} [options]",
             formatter_class=parser.formatter_class,
             allow_abbrev=False,
         )
-        importlib.import_module(module).add_arguments(child)
+        load(module).add_arguments(child)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the experiment."""
-    return importlib.import_module(EXPERIMENTS[args.experiment]).main(args)
+    return load(EXPERIMENTS[args.experiment][0]).main(args)
+
+
+def load(module: str) -> Any:
+    """One experiment's flags."""
+    return importlib.import_module(f"graftlm.reproduce.{module}")

