@@ -107,7 +107,7 @@ def test_no_continuation_changes_what_is_settled(small, chunks, continuation):
 
 @pytest.mark.slow
 @settings(
-    max_examples=1000,
+    max_examples=200,
     deadline=None,
     database=None,
     suppress_health_check=[HealthCheck.too_slow],
@@ -138,7 +138,7 @@ def test_real_tokenizers(name):
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     stable, whole = StableTokenizer(tokenizer), canonical(tokenizer)
 
-    @settings(max_examples=1000, deadline=None, database=None)
+    @settings(max_examples=200, deadline=None, database=None)
     @given(chunks=st.lists(TEXT, max_size=6), continuation=TEXT)
     def settles(chunks, continuation):
         check(stable, whole, chunks, continuation)

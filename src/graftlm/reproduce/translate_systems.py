@@ -51,6 +51,7 @@ class Composition:
     Args:
         anchor, augmenting: Names that `real_models.find_model` knows.
         connections: Layers, (augmenting, anchor).
+        width, num_heads, position, distance_unit, alignment: As for `compose`.
         learning_rate: Of the bridges.
         lora_learning_rate: Of LoRA.
     """
@@ -62,6 +63,8 @@ class Composition:
     lora_learning_rate: float
     position: Literal["none", "distance", "rotary"] = "distance"
     distance_unit: Literal["characters", "tokens"] = "characters"
+    width: int | None = None
+    num_heads: int | None = None
     alignment: str = "prefix"  # no lag: the augmenting model's guess of the next word is seen
 
 
@@ -131,6 +134,8 @@ class Workshop:
                 Connection(augmenting_layer=i, anchor_layer=j) for i, j in choice.connections
             ],
             position=choice.position,
+            width=choice.width,
+            num_heads=choice.num_heads,
             distance_unit=choice.distance_unit,
             alignment=choice.alignment,
             reads="prompt" if name == "prompt" else "sequence",
