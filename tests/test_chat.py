@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from graftlm.chat import ROLES, ChatFormat, MessageFinder, symbols_of
+from graftlm.chat import PLAIN_TEMPLATE, ROLES, ChatFormat, MessageFinder, symbols_of
 from graftlm.processor import ComposedProcessor
 from graftlm.reading import TextReader, read_row
 from two_tokenizers import byte_tokenizer, compose_pair, word_tokenizer
@@ -132,7 +132,7 @@ def test_markup_is_found_however_the_stream_is_cut() -> None:
     assert held == ()
     assert whole == [
         ("text", "x"),
-        ("close", ""),
+        ("close", "\n"),
         ("open", "user"),
         ("text", "usy"),
     ]
@@ -142,3 +142,43 @@ def test_markup_is_found_however_the_stream_is_cut() -> None:
         pieces += found
     assert [(k, v) for k, v in pieces if k != "text"] == whole[1:3]
     assert "".join(v for k, v in pieces if k == "text") == "xusy"
+
+
+THINKING = MARKED.replace(
+    "<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>\n{% endif %}"
+)
+# As Vicuna's: nothing of it is a special token but the end of an answer.
+WORDS = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}USER: {{ m['content'] }} "
+    "{% else %}ASSISTANT: {{ m['content'] }}</s>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT: {% endif %}"
+)
+TEXT = "The first one.\n\nThe second one.\n\ndef add():\n    return\n\n\nIt jumps over it. "
+
+
+@pytest.mark.parametrize("template", [MARKED, THINKING, WORDS, PLAIN_TEMPLATE, DEFAULT_SYSTEM])
+def test_a_text_that_is_no_chat_is_read_as_it_is(template: str) -> None:
+    for other in (word_tokenizer(), with_template(word_tokenizer(), TURNS)):
+        reader = TextReader(with_template(byte_tokenizer(), template), other)
+        ids = byte_tokenizer()(TEXT)["input_ids"]
+        row = read_row(reader, None, ids, [True] * len(ids))
+        rest = [token for token, _ in reader.unsettled(row.reading)]
+        held = "".join(map(str, row.reading.held))  # a space may begin " ASSISTANT: "
+        assert plain(other.decode([*row.ids, *rest])) + held == f"<s>{TEXT}"
+
+
+@pytest.mark.parametrize("template", [MARKED, THINKING, WORDS, PLAIN_TEMPLATE])
+def test_a_conversation_is_found_in_every_kind_of_markup(template: str) -> None:
+    ours, theirs = (
+        with_template(byte_tokenizer(), template),
+        with_template(word_tokenizer(), TURNS),
+    )
+    chat = [
+        {"role": "user", "content": "One line.\n\nAnother."},
+        {"role": "assistant", "content": "Yes."},
+        {"role": "user", "content": "Why?"},
+    ]
+    _, row = read_chat(ours, theirs, chat)
+    rest = [token for token, _ in TextReader(ours, theirs).unsettled(row.reading)]
+    seen = plain(theirs.decode([*row.ids, *rest]))
+    assert seen == theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)

@@ -11,12 +11,14 @@ from graftlm import (
     BridgeConfig,
     CheckpointMismatchError,
     ComposedConfig,
+    ComposedDataCollator,
     Connection,
     GraftlmError,
     UnsupportedModelError,
     compose,
 )
 from graftlm.config import spaced_connections
+from graftlm.reading import TextReader
 from two_tokenizers import byte_tokenizer, compose_pair, word_tokenizer
 
 
@@ -305,3 +307,39 @@ def test_models_that_cannot_run_several_endings(family):
     model = compose_pair("llama", family, alignment="prefix")
     with pytest.raises(ValueError, match="which cannot run several endings of a text at once, as"):
         model(token_ids(1, 4))
+
+
+def test_other_tokens_to_read_of_another_shape():
+    with pytest.raises(ValueError, match=r"read_ids has shape \(1, 3\), but must have that of inp"):
+        compose_pair()(token_ids(1, 4), read_ids=token_ids(1, 3))
+
+
+def test_examples_with_other_tokens_to_read_of_another_length():
+    collator = ComposedDataCollator(compose_pair().processor)
+    good, bad = {"input_ids": [5, 6], "read_ids": [7, 8]}, {"input_ids": [5, 6]}
+    with pytest.raises(ValueError, match="example 1 of the batch has 2 input_ids, but none read_i"):
+        collator([good, bad])
+    with pytest.raises(ValueError, match="example 0 of the batch has 2 input_ids, but 3 read_ids"):
+        collator([{"input_ids": [5, 6], "read_ids": [7, 8, 9]}, good])
+
+
+def test_a_text_beyond_the_learned_positions_of_an_augmenting_model():
+    model = compose_pair("llama", "gpt2")
+    ids = byte_tokenizer()("狐狸跳过" * 40, return_tensors="pt")["input_ids"][:, :119]
+    with pytest.raises(
+        ValueError, match="tokens of augmenting model 'augmenting', but its context"
+    ):
+        model(ids)
+
+
+def test_a_slow_tokenizer_of_the_anchor():
+    from transformers import ByT5Tokenizer
+
+    with pytest.raises(ValueError, match="the anchor's tokenizer is a ByT5Tokenizer, but reading"):
+        TextReader(ByT5Tokenizer(), word_tokenizer())
+
+
+def test_one_tokenizer_alone_is_not_enough_to_tell():
+    with pytest.warns(UserWarning, match="only one tokenizer is at hand, the anchor's; the anchor"):
+        model = compose(*pair_of_models(), tokenizer=byte_tokenizer())
+    assert model.config.alignments == {"augmenting": "identity"}

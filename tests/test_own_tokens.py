@@ -18,6 +18,7 @@ from families import (
 )
 from graftlm import Bridge, compose, decoder
 from graftlm.augmenting_tokens import HOLE
+from graftlm.composed import move_to_device
 from two_tokenizers import PROMPTS, batch_of, byte_tokenizer, compose_pair, word_tokenizer
 
 SLOW = [
@@ -92,8 +93,9 @@ def test_right_padding_changes_nothing() -> None:
     torch.testing.assert_close(beside[:, : ids.shape[1]], alone, atol=5e-6, rtol=1e-5)
 
 
-def test_packed_documents_are_separate() -> None:
-    model = open_pair("llama", "gemma2")
+@pytest.mark.parametrize("family", ["gemma2", "falcon", "gpt2", "bloom", "mamba"])
+def test_packed_documents_are_separate(family: str) -> None:
+    model = open_pair("llama", family)
     rows = [batch_of(prompt)["input_ids"] for prompt in PROMPTS[:3]]
     positions = torch.cat([torch.arange(row.shape[1]) for row in rows])[None]
     with torch.no_grad():
@@ -409,3 +411,86 @@ def test_models_that_skip_holes_run_as_one_batch() -> None:
     assert decoder.skips_holes(tiny("gemma3_text"))
     for family in ("mamba", "gpt2", "bloom", "mpt", "gpt_neo"):
         assert not decoder.skips_holes(tiny(family))
+
+
+@pytest.mark.parametrize("alignment", ["committed", "prefix"])
+def test_a_text_that_settles_nothing_still_trains(alignment: Any) -> None:
+    """The augmenting tokenizer puts nothing before a text, and the only word may go on."""
+    theirs = byte_tokenizer(300)
+    model = compose(
+        tiny("llama", seed=1, vocab_size=320),
+        tiny("llama", seed=2, vocab_size=300),
+        every=1,
+        tokenizer=byte_tokenizer(),
+        augmenting_tokenizers=theirs,
+        alignment=alignment,
+    ).train()
+    ids = byte_tokenizer()("Th", return_tensors="pt")["input_ids"]
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    gradients = [p.grad for p in model.bridges.parameters() if p.grad is not None]
+    assert gradients
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("prompt", ["T", "The quick brown fox jumps"])
+def test_other_tokens_are_read_for_the_prompt_only(use_cache: bool, prompt: str) -> None:
+    """What is generated is read as it is, with a cache and without, step by step."""
+    model = open_pair()
+    ids = batch_of(prompt)["input_ids"]
+    other = ids.flip(1) + 1
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    written = model.generate(ids, read_ids=other, use_cache=use_cache, **options)
+    length = ids.shape[1]
+    for step in range(6):
+        now = written[:, : length + step]
+        read = torch.cat([other, now[:, length:]], dim=1)
+        with torch.no_grad():
+            logits = model(input_ids=now, read_ids=read, use_cache=False).logits[:, -1]
+        assert int(logits.argmax()) == int(written[0, length + step])
+
+
+def test_a_prompt_has_ended_when_reading_goes_on_without_a_mask() -> None:
+    model = open_pair(reads="prompt")
+    ids = batch_of("The quick brown fox jumps")["input_ids"]
+    with torch.no_grad():
+        mask = torch.ones_like(ids[:, :5])
+        expected = model(input_ids=ids, prompt_mask=mask, use_cache=False).logits
+        cache = model(input_ids=ids[:, :5], use_cache=True).past_key_values
+        rest = model(input_ids=ids[:, 5:], past_key_values=cache).logits
+    torch.testing.assert_close(rest, expected[:, 5:], atol=5e-6, rtol=1e-5)
+
+
+def test_labels_tell_the_prompt_also_beside_prepared_inputs() -> None:
+    model = open_pair(reads="prompt")
+    inputs = model.processor(PROMPTS[:1])
+    labels = inputs["input_ids"].clone()
+    labels[:, :3] = -100
+    with torch.no_grad():
+        prepared = model(**inputs, labels=labels).logits
+        plain = model(input_ids=inputs["input_ids"], labels=labels, use_cache=False).logits
+    assert torch.equal(prepared, plain)
+
+
+def test_a_mask_of_the_new_tokens_only_reads_them() -> None:
+    model = open_pair()
+    ids = batch_of("The quick brown fox jumps")["input_ids"]
+    with torch.no_grad():
+        whole = model(input_ids=ids, use_cache=False).logits
+        cache = model(input_ids=ids[:, :5], use_cache=True).past_key_values
+        held = cache.readings["augmenting"]
+        inputs = {"input_ids": ids[:, 5:], "past_key_values": cache}
+        model(**inputs, attention_mask=torch.ones_like(ids))
+    assert held.num_columns == ids.shape[1]
+    assert held.readings[0].num_chars == len("The quick brown fox jumps")
+    del whole
+
+
+def test_masks_by_kind_go_to_the_models_device() -> None:
+    moved = move_to_device(
+        {"attention_mask": {"full_attention": torch.ones(1)}, "use_cache": True},
+        torch.device("meta"),
+    )
+    assert moved["attention_mask"]["full_attention"].device.type == "meta"
+    assert moved["use_cache"] is True

@@ -62,7 +62,7 @@ def test_tokenizers_are_found_beside_the_models(bases: tuple[str, str]) -> None:
 
 def test_a_checkpoint_brings_its_tokenizers(saved: str, bases: tuple[str, str]) -> None:
     files = {str(path.relative_to(saved)) for path in Path(saved).rglob("*") if path.is_file()}
-    assert {"tokenizer.json", "tokenizers/other/tokenizer.json"} <= files
+    assert {"tokenizer.json", "tokenizer_other/tokenizer.json"} <= files
     for name in ("tokenizer.json", "tokenizer_config.json"):
         for base in bases:
             Path(base, name).unlink()  # no longer beside the models, and not needed there
@@ -74,7 +74,7 @@ def test_a_checkpoint_brings_its_tokenizers(saved: str, bases: tuple[str, str]) 
 
 
 def test_another_tokenizer_is_noticed(saved: str) -> None:
-    word_tokenizer(410).save_pretrained(Path(saved, "tokenizers", "other"))
+    word_tokenizer(410).save_pretrained(Path(saved, "tokenizer_other"))
     with pytest.raises(CheckpointMismatchError, match="'other' is not the model .* its tokenizer"):
         ComposedForCausalLM.from_pretrained(saved)
 
@@ -95,8 +95,11 @@ def test_the_collator_prepares_what_the_model_would_read(saved: str) -> None:
     model = ComposedForCausalLM.from_pretrained(saved)
     assert model.processor is not None
     rows = [model.processor.tokenizer(row["text"])["input_ids"] for row in ROWS]
-    features = [{"input_ids": ids, "labels": list(ids), "read_ids": ids[::-1]} for ids in rows]
+    features = [{"input_ids": ids, "labels": list(ids)} for ids in rows]
     collator = pickle.loads(pickle.dumps(ComposedDataCollator(model.processor)))
+    batch = collator([feature | {"read_ids": feature["input_ids"]} for feature in features])
+    assert torch.equal(batch["read_ids"], batch["input_ids"] * batch["attention_mask"])
+    assert "augmenting_inputs" not in batch  # the model reads what it is told to
     batch = collator(copy.deepcopy(features))
     assert batch["labels"].eq(-100).equal(batch["attention_mask"].eq(0))
     with torch.no_grad():
@@ -217,3 +220,21 @@ def test_the_command_line_needs_nothing_more(
     assert "== other ==" in capsys.readouterr().out
     assert main(["inspect", folder]) == 0
     assert "prefix" in capsys.readouterr().out
+
+
+def test_a_trainer_may_set_the_padding_token(bases: tuple[str, str], tmp_path: Path) -> None:
+    """It saves its own copy of the tokenizer over ours; that is no other tokenizer."""
+    ours: Any = AutoTokenizer.from_pretrained(bases[0])
+    ours.add_special_tokens({"pad_token": "<|padding|>"})
+    for name, other in (("own", bases[1]), ("shared", bases[0])):
+        folder = str(tmp_path / name)
+        compose(bases[0], {name: other}, tokenizer=ours).save_pretrained(folder)
+        assert ComposedForCausalLM.from_pretrained(folder).processor is not None
+        byte_tokenizer().save_pretrained(folder)
+        assert ComposedForCausalLM.from_pretrained(folder).processor is not None
+
+
+def test_files_for_the_hub_lie_one_folder_deep(saved: str) -> None:
+    """transformers uploads no deeper ones."""
+    depths = {len(path.relative_to(saved).parts) for path in Path(saved).rglob("*")}
+    assert max(depths) == 2

@@ -8,6 +8,7 @@ import tarfile
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from graftlm import ComposedForCausalLM
+from graftlm import ComposedForCausalLM, own_tokens
 from graftlm.cli import main
 from graftlm.reproduce import (
     docstrings_data,
@@ -374,13 +375,26 @@ def test_the_random_model_is_random_and_of_the_same_shape(
     assert not torch.equal(ours["model.embed_tokens.weight"], theirs["model.embed_tokens.weight"])
 
 
-def test_prompt_reading_does_not_read_the_target(workshop: translate_systems.Workshop) -> None:
-    system = workshop.make("prompt", seed=0)
-    batch = system.collate(system.encode(made_up("Up", 2)))
-    read = batch["augmenting_inputs"]["augmenting"]["ranks"]
-    whole = workshop.make("composed", seed=0)
-    batch = whole.collate(whole.encode(made_up("Up", 2)))
-    assert (read >= 0).sum() < (batch["augmenting_inputs"]["augmenting"]["ranks"] >= 0).sum()
+def test_prompt_reading_does_not_read_the_target(
+    workshop: translate_systems.Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With other answers, what it reads is the same; the whole sequence reads otherwise."""
+    seen: list[list[list[int]]] = []
+    run = own_tokens.run_read_tokens
+
+    def spy(model: Any, forward_pass: Any, name: str, tokens: Any, *args: Any) -> None:
+        seen.append(tokens["input_ids"].tolist())
+        run(model, forward_pass, name, tokens, *args)
+
+    monkeypatch.setattr(own_tokens, "run_read_tokens", spy)
+    pairs = made_up("Up", 2)
+    others = [replace(pair, target=pair.target[::-1]) for pair in pairs]
+    for name, reads_alike in (("prompt", True), ("composed", False)):
+        system = workshop.make(name, seed=0)
+        for chosen in (pairs, others):
+            batch = system.collate(system.encode(chosen))
+            translate_training.target_loss(system.model, batch, bf16=False)
+        assert (seen[-2] == seen[-1]) == reads_alike
 
 
 def test_missing_packages_are_named(

@@ -140,7 +140,7 @@ class ReadingCache:
         """Keep these rows, in this order; a row may be named several times."""
         if not self.readings:
             return
-        index = torch.tensor(rows, device=self.ranks.device)
+        index = torch.tensor(rows)  # on the CPU it can index tensors of any device
         self.readings = [self.readings[row] for row in rows]
         self.ranks, self.ends = self.ranks[index], self.ends[index]
         self.branches = self.branches[index]
@@ -179,9 +179,10 @@ def read_batch(
         read_row(reader, reading, row, keep)
         for reading, row, keep in zip(readings, tokens.tolist(), wanted, strict=True)
     ]
-    return batched([row_columns([row]) for row in rows], tokens.device), [
-        row.reading for row in rows
-    ]
+    # Whole rows get a hole at least: with nothing to read, a bridge still belongs to the graph.
+    at_least = int(all(reading is None for reading in readings))
+    made = batched([row_columns([row]) for row in rows], tokens.device, at_least)
+    return made, [row.reading for row in rows]
 
 
 def read_documents(
@@ -201,7 +202,7 @@ def read_documents(
             for start, end in itertools.pairwise(starts)
         ]
         rows.append(row_columns(documents))
-    return batched(rows, tokens.device)
+    return batched(rows, tokens.device, at_least=1)
 
 
 def row_columns(documents: list[RowPass]) -> dict[str, list[int]]:
@@ -231,19 +232,26 @@ def row_columns(documents: list[RowPass]) -> dict[str, list[int]]:
     return columns
 
 
-def batched(rows: list[dict[str, list[int]]], device: torch.device) -> AugmentingTokens:
-    """Rows as tensors, padded on the right."""
+def batched(
+    rows: list[dict[str, list[int]]], device: torch.device, at_least: int = 0
+) -> AugmentingTokens:
+    """Rows as tensors, padded on the right to `at_least` augmenting tokens."""
     fillers = {"ranks": HOLE}
+    per_token = ("input_ids", "ranks", "ends", "branches", "bases", "starts", "position_ids")
     made: Any = {
-        name: padded([row[name] for row in rows], fillers.get(name, 0)).to(device)
+        name: padded(
+            [row[name] for row in rows],
+            fillers.get(name, 0),
+            at_least if name in per_token else 0,
+        ).to(device)
         for name in AugmentingTokens.__annotations__
     }
     return made
 
 
-def padded(rows: list[list[int]], value: int) -> Int[Tensor, "batch longest"]:
+def padded(rows: list[list[int]], value: int, at_least: int = 0) -> Int[Tensor, "batch longest"]:
     """Rows of unequal length as one tensor, padded on the right."""
-    longest = max(len(row) for row in rows)
+    longest = max(at_least, *(len(row) for row in rows))
     return torch.tensor([row + [value] * (longest - len(row)) for row in rows], dtype=torch.long)
 
 

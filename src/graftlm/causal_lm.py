@@ -248,8 +248,11 @@ class ComposedForCausalLM(SavesBridges, GenerationMixin):
         )
         inputs.pop("augmenting_inputs", None)
         read_ids = inputs.get("read_ids")
-        if read_ids is not None and read_ids.shape != inputs["input_ids"].shape:
-            del inputs["read_ids"]  # it was for the prompt
+        if read_ids is not None:
+            # They stand for the prompt; what is generated is read as it is.
+            ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+            read = torch.cat([read_ids, ids[:, read_ids.shape[1] :]], dim=1)
+            inputs["read_ids"] = read[:, -inputs["input_ids"].shape[1] :]
         return inputs
 
     def _prepare_cache_for_generation(  # pyrefly: ignore[bad-override]

@@ -30,10 +30,13 @@ class ChatFormat:
     Args:
         headers: Before a message, by role.
         footers: Behind it.
+        opening: Before an answer that is to be generated; may say more than the header, such as
+            `<think>`.
     """
 
     headers: Mapping[str, str]
     footers: Mapping[str, str]
+    opening: str
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> "ChatFormat | None":
@@ -58,12 +61,14 @@ class ChatFormat:
             _, opened = render(turns[:1], opens_turn=True).split(user)
             _, ended = render(turns[:2]).split(assistant)
             between = render(turns).split(assistant)[1].split(again)[0]
+            answered = render(turns[:2]).split(user)[1].split(assistant)[0]
         except (TemplateError, ValueError, TypeError, IndexError):
             return None  # no template for chats such as this one
         ended = ended.removesuffix(tokenizer.eos_token or "") or ended
-        if not (opened.startswith(closed) and between.startswith(ended)):
+        starts = (opened.startswith(closed), answered.startswith(closed), between.startswith(ended))
+        if not all(starts):
             return None
-        headers = {"user": between[len(ended) :], "assistant": opened[len(closed) :]}
+        headers = {"user": between[len(ended) :], "assistant": answered[len(closed) :]}
         footers = {"user": closed, "assistant": ended}
         try:
             system = [{"role": "system", "content": again}]
@@ -76,7 +81,9 @@ class ChatFormat:
         except (TemplateError, ValueError, TypeError):
             # Some templates know no system; what it says is then a user's turn.
             headers["system"], footers["system"] = headers["user"], footers["user"]
-        return cls(headers=headers, footers=footers) if all(headers.values()) else None
+        if not all(headers.values()):
+            return None
+        return cls(headers=headers, footers=footers, opening=opened[len(closed) :])
 
 
 def common_start(one: str, other: str, headers: Mapping[str, str]) -> str:
@@ -93,17 +100,28 @@ def common_start(one: str, other: str, headers: Mapping[str, str]) -> str:
 class MessageFinder:
     """Replaces the headers and footers of one model in a stream of symbols by what they say.
 
+    A footer of plain text, such as a blank line, is one only where a header follows.
+
     Args:
         tokenizer: Of the model whose markup it is.
         chat_format: Of that tokenizer.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat):
-        self.patterns: dict[Symbols, tuple[str, str]] = {}
-        for role in ROLES:
-            if chat_format.footers[role]:
-                self.patterns[symbols_of(tokenizer, chat_format.footers[role])] = "close", ""
-            self.patterns[symbols_of(tokenizer, chat_format.headers[role])] = "open", role
+        headers = [(chat_format.headers[role], role) for role in ROLES]
+        headers.append((chat_format.opening or chat_format.headers["assistant"], "assistant"))
+        self.patterns: dict[Symbols, list[tuple[str, str]]] = {}
+        for footer in sorted(set(chat_format.footers.values()) - {""}):
+            symbols = symbols_of(tokenizer, footer)
+            words = "".join(s for s in symbols if isinstance(s, str))
+            if words != footer:
+                self.patterns[symbols] = [("close", words)]
+                continue
+            for header, role in headers:
+                both = symbols_of(tokenizer, footer + header)
+                self.patterns[both] = [("close", footer), ("open", role)]
+        for header, role in headers:
+            self.patterns[symbols_of(tokenizer, header)] = [("open", role)]
         self.beginnings = {
             pattern[:length] for pattern in self.patterns for length in range(1, len(pattern))
         }
@@ -116,22 +134,17 @@ class MessageFinder:
             symbols: The next ones.
 
         Returns:
-            What may begin one now, and what was found: ("open", role), ("close", "") or
-            ("text", text). Special tokens that are not part of any are dropped.
+            What may begin one now, and what was found: ("open", role), ("close", the text of the
+            footer) or ("text", text). Special tokens that are not part of any are dropped.
         """
         found: list[tuple[str, str]] = []
         for symbol in symbols:
             held = (*held, symbol)
             while held and held not in self.beginnings:
-                if held in self.patterns:
-                    found.append(self.patterns[held])
-                    held = ()
-                    break
-                length = next(
-                    (n for n in range(len(held) - 1, 0, -1) if held[:n] in self.patterns), 0
-                )
+                # The longest that is one whole; else the first symbol is none.
+                length = next((n for n in range(len(held), 0, -1) if held[:n] in self.patterns), 0)
                 if length:
-                    found.append(self.patterns[held[:length]])
+                    found += self.patterns[held[:length]]
                 elif isinstance(held[0], str):
                     found.append(("text", held[0]))
                 held = held[length or 1 :]

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from transformers import GenerationConfig
 from transformers.utils.hub import cached_file
 
 from graftlm._version import __version__
-from graftlm.config import ComposedConfig
+from graftlm.config import FORMAT_VERSION, ComposedConfig
 from graftlm.errors import CheckpointMismatchError
 
 WEIGHTS = "model.safetensors"
@@ -58,6 +57,7 @@ def write_checkpoint(
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(plain, new / WEIGHTS, metadata={"format": "pt", "graftlm": __version__})
         config.weights_sha256 = file_hash(new / WEIGHTS)
+        config.format_version = FORMAT_VERSION
         config.save_pretrained(new)
         generation_config.save_pretrained(new)
         if tokenizer is not None:
@@ -67,11 +67,11 @@ def write_checkpoint(
             new.rename(folder)
             return
         # The configuration comes last: until then it holds the hash of the old weights.
-        for file in sorted(new.iterdir(), key=lambda path: path.name == CONFIG):
-            if file.is_dir():
-                shutil.copytree(file, folder / file.name, dirs_exist_ok=True)
-            else:
-                file.replace(folder / file.name)
+        files = (path for path in new.rglob("*") if path.is_file())
+        for file in sorted(files, key=lambda path: path.name == CONFIG):
+            place = folder / file.relative_to(new)
+            place.parent.mkdir(exist_ok=True)
+            file.replace(place)
 
 
 def file_hash(path: Path) -> str:

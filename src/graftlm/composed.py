@@ -477,10 +477,13 @@ def first_columns(mask: Any, surplus: int) -> Any:
 
 def move_to_device(arguments: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """The arguments of a call to a model that may live on another device."""
-    return {
-        name: value.to(device) if isinstance(value, Tensor) else value
-        for name, value in arguments.items()
-    }
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, dict):  # masks, by kind of attention
+            return move_to_device(value, device)
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    return {name: moved(value) for name, value in arguments.items()}
 
 
 def with_cache(output: Any, cache: ComposedCache | None) -> Any:

@@ -298,6 +298,14 @@ def skips_holes(model: PreTrainedModel) -> bool:
     )
 
 
+def learned_positions(model: PreTrainedModel) -> int | None:
+    """How many positions a model has vectors for; None if it computes them."""
+    config = text_config(model.config)
+    if not declares(type(model).forward, "position_ids") or hasattr(config, "rope_parameters"):
+        return None
+    return getattr(config, "max_position_embeddings", None)
+
+
 def masks_by_position(
     model: PreTrainedModel, seen: Tensor, query_positions: Tensor, key_positions: Tensor
 ) -> dict[str, Tensor] | Tensor:

@@ -1,6 +1,7 @@
 """From models, paths or hub ids to a composed model."""
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
@@ -21,7 +22,7 @@ from graftlm.config import (
     spaced_connections,
 )
 from graftlm.gguf import resolve as resolve_gguf
-from graftlm.tokenization import find_tokenizer, tokenizes_alike
+from graftlm.tokenization import find_tokenizer, load_tokenizer, tokenizes_alike
 
 
 def compose(
@@ -116,7 +117,17 @@ def compose(
         name: load_base(base, f"augmenting model {name!r}", **options)
         for name, base in named.items()
     }
-    ours, theirs = gather_tokenizers(anchor_model, models, tokenizer, augmenting_tokenizers)
+    # A model loaded by name has its tokenizer where its weights are; others, where they came from.
+    by_name = {"anchor": anchor, **named}
+    ours, theirs = gather_tokenizers(
+        {
+            name: by_name[name] if isinstance(by_name[name], (str, os.PathLike)) else model
+            for name, model in {"anchor": anchor_model, **models}.items()
+        },
+        tokenizer,
+        augmenting_tokenizers,
+        trust_remote_code,
+    )
     alignments = resolve_alignments(alignment, ours, theirs)
     if connections is None:
         connections = [
@@ -145,37 +156,48 @@ def compose(
 
 
 def gather_tokenizers(
-    anchor: PreTrainedModel,
-    augmenting: Mapping[str, PreTrainedModel],
+    models: Mapping[str, Any],
     tokenizer: Any,
     augmenting_tokenizers: Any,
+    trust_remote_code: bool,
 ) -> tuple[PreTrainedTokenizerBase | None, dict[str, PreTrainedTokenizerBase | None]]:
-    """The tokenizers given, loaded where they are paths, or else those beside the models.
+    """The tokenizers given, loaded where they are paths, or else those of the models.
+
+    Args:
+        models: "anchor" and the augmenting models: names where they were loaded by name.
+        tokenizer, augmenting_tokenizers: As in `compose`.
+        trust_remote_code: For tokenizers loaded here.
 
     Raises:
         ValueError: If a name is unknown, or missing where there are several.
     """
+    names = [name for name in models if name != "anchor"]
     given = augmenting_tokenizers if augmenting_tokenizers is not None else {}
     if not isinstance(given, Mapping):
-        if len(augmenting) != 1:
+        if len(names) != 1:
             raise ValueError(
-                f"augmenting_tokenizers is one tokenizer, but there are {len(augmenting)} "
-                f"augmenting models: {', '.join(augmenting)}; pass a dictionary"
+                f"augmenting_tokenizers is one tokenizer, but there are {len(names)} "
+                f"augmenting models: {', '.join(names)}; pass a dictionary"
             )
-        given = {next(iter(augmenting)): given}
-    unknown = sorted(set(given) - set(augmenting))
+        given = {names[0]: given}
+    unknown = sorted(set(given) - set(names))
     if unknown:
         raise ValueError(
-            f"augmenting_tokenizers names {unknown[0]!r}, but there is only {', '.join(augmenting)}"
+            f"augmenting_tokenizers names {unknown[0]!r}, but there is only {', '.join(names)}"
         )
 
-    def resolve(wanted: Any, model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
+    def find(wanted: Any, model: Any) -> PreTrainedTokenizerBase | None:
         if isinstance(wanted, (str, os.PathLike)):
-            return AutoTokenizer.from_pretrained(resolve_gguf(os.fspath(wanted)))
-        return find_tokenizer(model.config.name_or_path) if wanted is None else wanted
+            place = resolve_gguf(os.fspath(wanted))
+            return AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
+        if wanted is not None:
+            return wanted
+        if isinstance(model, PreTrainedModel):
+            return find_tokenizer(model.config.name_or_path)
+        return load_tokenizer(os.fspath(model), trust_remote_code=trust_remote_code)
 
-    theirs = {name: resolve(given.get(name), model) for name, model in augmenting.items()}
-    return resolve(tokenizer, anchor), theirs
+    theirs = {name: find(given.get(name), models[name]) for name in names}
+    return find(tokenizer, models["anchor"]), theirs
 
 
 def resolve_alignments(
@@ -206,6 +228,14 @@ def resolve_alignments(
                 raise ValueError(
                     f"alignment is {rule!r}, but {missing} has no tokenizer beside it; pass "
                     "tokenizer= and augmenting_tokenizers="
+                )
+            if tokenizer is not theirs:
+                known = "the anchor's" if theirs is None else f"that of augmenting model {name!r}"
+                warnings.warn(
+                    f"only one tokenizer is at hand, {known}; the anchor and augmenting model "
+                    f"{name!r} are taken to share their tokens (pass tokenizer= and "
+                    "augmenting_tokenizers= if they do not)",
+                    stacklevel=3,
                 )
             alignments[name] = "identity"
             continue

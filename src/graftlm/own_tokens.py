@@ -1,9 +1,11 @@
 """Run an augmenting model that reads tokens of its own, as the text settles them."""
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 from graftlm import decoder
 from graftlm.alignment import align_by_rank
@@ -51,7 +53,8 @@ def run_reader(
     if not ranks.shape[1]:
         return
     if tokens["ranks"].shape[1]:
-        run_read_tokens(model, forward_pass, name, tokens, reading, inputs)
+        check_context(view, name, tokens)
+        run_read_tokens(model, forward_pass, name, tokens, reading)
     forward_pass.plan[name] = align_by_rank(
         tokens,
         ranks,
@@ -65,13 +68,19 @@ def run_reader(
 
 def read_tokens(model: "ComposedModel", name: str, inputs: "PassInputs") -> AugmentingTokens:
     """What an augmenting model reads of whole rows: as prepared, or read here."""
-    if inputs.augmenting_inputs is not None:
+    # A prompt mask or other tokens to read may not have been known when they were prepared.
+    is_prepared = inputs.augmenting_inputs is not None
+    if is_prepared and inputs.prompt_mask is None and inputs.read_ids is None:
+        assert inputs.augmenting_inputs is not None
         if name not in inputs.augmenting_inputs:
             raise ValueError(
                 f"augmenting_inputs lacks augmenting model {name!r}; make them with "
                 "ComposedProcessor, or leave them out"
             )
-        return inputs.augmenting_inputs[name]
+        prepared: Any = inputs.augmenting_inputs[name]
+        device = inputs.tokens_to_read.device
+        made: Any = {key: tensor.to(device) for key, tensor in prepared.items()}
+        return made
     tokens, position_ids = inputs.tokens_to_read, inputs.position_ids
     if inputs.attention_mask is None and position_ids is not None:
         return read_documents(reader(model, name), tokens, position_ids.expand_as(tokens))
@@ -107,10 +116,24 @@ def read_on(
         reader(model, name),
         reading.readings or [None] * len(ids),
         ids,
-        inputs.columns_to_read(past),
+        inputs.columns_to_read(past, prompt_only=model.config.reads == "prompt"),
     )
     reading.extend(tokens, readings)
     return tokens
+
+
+def check_context(view: PreTrainedModel, name: str, tokens: AugmentingTokens) -> None:
+    """Refuse texts beyond the positions an augmenting model has learned, which have no vector.
+
+    Raises:
+        ValueError: Naming the model and its context.
+    """
+    size = decoder.learned_positions(view)
+    if size is not None and int(tokens["position_ids"].max()) >= size:
+        raise ValueError(
+            f"the text has {int(tokens['position_ids'].max()) + 1} tokens of augmenting model "
+            f"{name!r}, but its context is {size}; shorten the text"
+        )
 
 
 def run_read_tokens(
@@ -119,80 +142,101 @@ def run_read_tokens(
     name: str,
     tokens: AugmentingTokens,
     reading: ReadingCache | None,
-    inputs: "PassInputs",
 ) -> None:
     """Run an augmenting model over the tokens read in this pass."""
     view, input_ids = model.running_view(name), tokens["input_ids"]
-    if reading is not None and reading.by_row:
-        run_row_by_row(model, forward_pass, name, tokens, reading)
+    is_packed = bool(tokens["hidden"].any())
+    if is_packed and not decoder.skips_holes(view):
+        run_pieces(model, forward_pass, name, tokens, document_pieces(tokens))
         return
-    cache = None if reading is None else reading.caches[0]
-    mask = mask_of(view, tokens, reading)
-    model.capture(
-        forward_pass,
-        name,
-        decoder.call_arguments(
-            view,
-            input_ids=input_ids,
-            attention_mask=mask,
-            query_length=input_ids.shape[1],
-            cache=cache,
-            position_ids=tokens["position_ids"],
-        ),
+    if reading is not None and reading.by_row:
+        run_pieces(model, forward_pass, name, tokens, row_pieces(tokens, reading))
+        return
+    arguments = decoder.call_arguments(
+        view,
+        input_ids=input_ids,
+        attention_mask=mask_of(view, tokens, reading, is_packed),
+        query_length=input_ids.shape[1],
+        cache=None if reading is None else reading.caches[0],
+        position_ids=tokens["position_ids"],
     )
+    model.capture(forward_pass, name, arguments)
 
 
-def mask_of(view: PreTrainedModel, tokens: AugmentingTokens, reading: ReadingCache | None) -> Any:
+def mask_of(
+    view: PreTrainedModel, tokens: AugmentingTokens, reading: ReadingCache | None, is_packed: bool
+) -> Any:
     """What an augmenting model takes as `attention_mask`: a plain one where that says enough."""
     has_branches = bool(tokens["branches"].any())
     is_first = reading is None or reading.ranks.shape[1] == tokens["ranks"].shape[1]
-    if is_first and not has_branches:
-        if bool(tokens["hidden"].any()):
-            return None  # packed documents, told apart by their positions
+    if is_first and not has_branches and not is_packed:
         return (tokens["ranks"] != HOLE).long()
     ranks = tokens["ranks"] if reading is None else reading.ranks
     branches = tokens["branches"] if reading is None else reading.branches
-    return decoder.masks_by_position(view, seen_by(tokens, ranks, branches), tokens["ranks"], ranks)
+    seen = seen_by(tokens, ranks, branches)
+    if reading is not None:
+        return decoder.masks_by_position(view, seen, tokens["ranks"], ranks)
+    positions = tokens["position_ids"].masked_fill(ranks == HOLE, HOLE)
+    return decoder.masks_by_position(view, seen, positions, positions)
 
 
-def run_row_by_row(
+Piece = tuple[int, int, int, Cache | None]  # row, first and last (exclusive) column, cache
+
+
+def row_pieces(tokens: AugmentingTokens, reading: ReadingCache) -> Iterator[Piece]:
+    """Each row's new tokens, to be run with the row's own cache."""
+    # Some recurrent models of transformers read several tokens wrongly behind a cache.
+    is_first = reading.ranks.shape[1] == tokens["ranks"].shape[1]
+    one_by_one = not is_first and not keeps_keys_only(reading.config)
+    for row, cache in enumerate(reading.caches):
+        length = int((tokens["ranks"][row] != HOLE).sum())
+        for start, end in spans(length, one_by_one):
+            yield row, start, end, cache
+
+
+def document_pieces(tokens: AugmentingTokens) -> Iterator[Piece]:
+    """Each packed document, to be run alone."""
+    for row, (starts, ranks) in enumerate(
+        zip(tokens["starts"].tolist(), tokens["ranks"].tolist(), strict=True)
+    ):
+        filled = [start for start, rank in zip(starts, ranks, strict=True) if rank != HOLE]
+        for start in sorted(set(filled)):
+            yield row, start, start + filled.count(start), None
+
+
+def run_pieces(
     model: "ComposedModel",
     forward_pass: "ForwardPass",
     name: str,
     tokens: AugmentingTokens,
-    reading: ReadingCache,
+    pieces: Iterator[Piece],
 ) -> None:
-    """Run each row over just its own new tokens, and put the states together again."""
+    """Run pieces one by one, and put their states together again."""
     layers = {c.augmenting_layer for c in model.config.connections if c.augmenting == name}
     view, shape = model.running_view(name), tokens["input_ids"].shape
     states: dict[int, Tensor] = {}
-    # Some recurrent models of transformers read several tokens wrongly behind a cache.
-    is_recurrent = not keeps_keys_only(reading.config)
-    is_first = reading.ranks.shape[1] == shape[1]
-    for row, cache in enumerate(reading.caches):
-        length = int((tokens["ranks"][row] != HOLE).sum())
-        if not length:
-            continue
-        for start, end in spans(length, one_by_one=is_recurrent and not is_first):
-            arguments = decoder.call_arguments(
-                view,
-                input_ids=tokens["input_ids"][row : row + 1, start:end],
-                attention_mask=None,
-                query_length=end - start,
-                cache=cache,
-                position_ids=tokens["position_ids"][row : row + 1, start:end],
-            )
-            model.capture(forward_pass, name, arguments)
-            for layer in layers:
-                state = forward_pass.states[name, layer]
-                whole = states.setdefault(layer, state.new_zeros(*shape, state.shape[-1]))
-                whole[row, start:end] = state[0]
+    for row, start, end, cache in pieces:
+        arguments = decoder.call_arguments(
+            view,
+            input_ids=tokens["input_ids"][row : row + 1, start:end],
+            attention_mask=None,
+            query_length=end - start,
+            cache=cache,
+            position_ids=tokens["position_ids"][row : row + 1, start:end],
+        )
+        model.capture(forward_pass, name, arguments)
+        for layer in layers:
+            state = forward_pass.states[name, layer]
+            whole = states.setdefault(layer, state.new_zeros(*shape, state.shape[-1]))
+            whole[row, start:end] = state[0]
     forward_pass.states |= {(name, layer): whole for layer, whole in states.items()}
 
 
 def spans(length: int, one_by_one: bool) -> list[tuple[int, int]]:
-    """The pieces in which to run so many tokens."""
-    return [(k, k + 1) for k in range(length)] if one_by_one else [(0, length)]
+    """The columns in which to run so many tokens."""
+    if one_by_one:
+        return [(k, k + 1) for k in range(length)]
+    return [(0, length)] if length else []
 
 
 def reader(model: "ComposedModel", name: str) -> Reader:

@@ -47,19 +47,40 @@ class PassInputs:
 
     @property
     def tokens_to_read(self) -> Int[Tensor, "batch seq"]:
-        """The anchor tokens that the augmenting models read."""
-        ids = self.input_ids if self.read_ids is None else self.read_ids
-        assert ids is not None
-        return ids
+        """The anchor tokens that the augmenting models read.
 
-    def columns_to_read(self, past: int) -> Tensor | None:
-        """(batch, seq), 1 where there is something to read behind `past` cached tokens."""
-        ids, wanted = self.tokens_to_read, None
-        for mask in (part_of(self.attention_mask, "tokens"), self.prompt_mask):
+        Raises:
+            ValueError: If `read_ids` does not have the shape of `input_ids`.
+        """
+        assert self.input_ids is not None
+        if self.read_ids is None:
+            return self.input_ids
+        if self.read_ids.shape != self.input_ids.shape:
+            raise ValueError(
+                f"read_ids has shape {tuple(self.read_ids.shape)}, but must have that of "
+                f"input_ids, {tuple(self.input_ids.shape)}: a token to read for each token"
+            )
+        return self.read_ids
+
+    def columns_to_read(self, past: int, *, prompt_only: bool = False) -> Tensor | None:
+        """(batch, seq), 1 where there is something to read behind `past` cached tokens.
+
+        Args:
+            past: Tokens in the cache.
+            prompt_only: Whether only the prompt is read; without a mask of it, a first call is
+                the prompt and later ones are not.
+        """
+        ids = self.tokens_to_read
+        end = past + ids.shape[1]
+        wanted = None
+        masks = [(part_of(self.attention_mask, "tokens"), 1), (self.prompt_mask, 0)]
+        for mask, beyond in masks:
             if mask is not None:
-                missing = max(past + ids.shape[1] - mask.shape[1], 0)
-                columns = nn.functional.pad(mask, (0, missing))[:, past : past + ids.shape[1]]
+                missing = max(end - mask.shape[1], 0)
+                columns = nn.functional.pad(mask.long(), (0, missing), value=beyond)[:, past:end]
                 wanted = columns if wanted is None else wanted * columns
+        if prompt_only and self.prompt_mask is None and past:
+            return torch.zeros_like(ids)
         return wanted
 
 

@@ -14,11 +14,11 @@ from transformers import AutoProcessor, AutoTokenizer, BatchEncoding, PreTrained
 from graftlm.augmenting_tokens import AugmentingTokens, read_batch
 from graftlm.chat import PLAIN_TEMPLATE, ChatFormat
 from graftlm.checkpoint import read_config
-from graftlm.collation import IGNORED, padding_collator
+from graftlm.collation import padding_collator
 from graftlm.config import ComposedConfig
 from graftlm.reading import IdentityReader, Reader, TextReader
 
-FOLDER = "tokenizers"  # in a checkpoint: one folder for each augmenting tokenizer
+FOLDER = "tokenizer_"  # in a checkpoint: one folder for each augmenting tokenizer
 
 
 class ComposedProcessor:
@@ -84,14 +84,12 @@ class ComposedProcessor:
 
     def with_augmenting_inputs(self, encoded: Any) -> Any:
         """A batch of the anchor's tensors, and what the augmenting models read of it."""
-        if not self.readers:
-            return encoded
-        read_ids = encoded.get("read_ids", encoded["input_ids"])
-        is_read = encoded.get("attention_mask")
-        if self.reads_prompt and "labels" in encoded:
-            prompt = ((encoded["labels"] != IGNORED).cumsum(-1) == 0).long()
-            is_read = prompt if is_read is None else is_read * prompt
-        encoded["augmenting_inputs"] = self.read(read_ids, is_read)
+        # What the model is told only in its forward pass, it reads there.
+        told_later = self.reads_prompt or "read_ids" in encoded or "position_ids" in encoded
+        if self.readers and not told_later:
+            encoded["augmenting_inputs"] = self.read(
+                encoded["input_ids"], encoded.get("attention_mask")
+            )
         return encoded
 
     def read(
@@ -127,7 +125,7 @@ class ComposedProcessor:
         del options
         self.tokenizer.save_pretrained(save_directory)
         for name, tokenizer in self.augmenting_tokenizers.items():
-            tokenizer.save_pretrained(Path(save_directory, FOLDER, name))
+            tokenizer.save_pretrained(Path(save_directory, FOLDER + name))
 
     @classmethod
     def from_pretrained(
@@ -150,7 +148,7 @@ class ComposedProcessor:
         subfolder = hub_options.pop("subfolder", "")
         others: Any = {
             name: AutoTokenizer.from_pretrained(
-                place, subfolder="/".join(filter(None, (subfolder, FOLDER, name))), **hub_options
+                place, subfolder="/".join(filter(None, (subfolder, FOLDER + name))), **hub_options
             )
             for name, alignment in config.alignments.items()
             if alignment != "identity"
@@ -201,11 +199,21 @@ class ComposedDataCollator:
         Returns:
             Tensors for `ComposedForCausalLM.forward`: `input_ids`, `attention_mask`, `labels`
             (-100 for padding), and `augmenting_inputs` where tokenizers differ.
+
+        Raises:
+            ValueError: If an example has another number of `read_ids` than of `input_ids`.
         """
         rows = [dict(feature) for feature in features]
         read_ids = [row.pop("read_ids", None) for row in rows]
         batch: dict[str, Any] = dict(self.pad(rows))
-        if read_ids[0] is not None:
+        if any(ids is not None for ids in read_ids):
+            for number, (row, ids) in enumerate(zip(rows, read_ids, strict=True)):
+                if ids is None or len(ids) != len(row["input_ids"]):
+                    found = "none" if ids is None else len(ids)
+                    raise ValueError(
+                        f"example {number} of the batch has {len(row['input_ids'])} input_ids, but "
+                        f"{found} read_ids; give as many to every example, or to none"
+                    )
             batch["read_ids"] = torch.nn.utils.rnn.pad_sequence(
                 [torch.as_tensor(ids) for ids in read_ids], batch_first=True
             )

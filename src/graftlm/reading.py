@@ -13,13 +13,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from graftlm.chat import ChatFormat, MessageFinder, Symbols, symbols_of
 from graftlm.stable import StableTokenizer, Tail
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Reading:
     """What has been read up to one anchor token.
 
@@ -37,7 +37,7 @@ class Reading:
         settled_chars: Characters of text before `tail`.
     """
 
-    previous: "Reading | None"
+    previous: "Reading | None" = field(repr=False)
     num_tokens: int
     num_chars: int = 0
     new_ids: tuple[int, ...] = ()
@@ -141,6 +141,11 @@ class TextReader(Reader):
         augmenting: PreTrainedTokenizerBase,
         alignment: str = "committed",
     ):
+        if not isinstance(anchor, PreTrainedTokenizerFast):
+            raise ValueError(
+                f"the anchor's tokenizer is a {type(anchor).__name__}, but reading its tokens as "
+                "text needs a fast one, a PreTrainedTokenizerFast"
+            )
         self.anchor = anchor
         self.augmenting = augmenting
         self.stable = StableTokenizer(augmenting)
@@ -176,11 +181,14 @@ class TextReader(Reader):
             held, found = self.finder.find(reading.held, symbols)
         writing, role = Writing(self.stable, reading), reading.role
         for kind, value in found:
-            if kind == "text":
+            if kind == "text" or (kind == "close" and not role):  # nothing to close: it is text
                 writing.add_text(value)
-                continue
-            role = value or role
-            writing.add_markup(self.markup(kind, role, is_first=not writing.num_chars))
+            elif kind == "close":
+                writing.add_markup(self.footer(role))
+                role = ""
+            else:
+                role = value
+                writing.add_markup(self.header(role, is_first=not writing.num_chars))
         return Reading(
             previous=reading,
             num_tokens=reading.num_tokens + len(writing.ids),
@@ -195,15 +203,20 @@ class TextReader(Reader):
             settled_chars=writing.settled_chars,
         )
 
-    def markup(self, kind: str, role: str, is_first: bool) -> Symbols:
-        """What the augmenting model's template writes where a message opens or closes.
+    def header(self, role: str, is_first: bool) -> Symbols:
+        """What the augmenting model's template writes before a message.
 
         A model without one reads the contents as paragraphs.
         """
         if self.their_format is None:
-            return tuple("\n\n") if kind == "open" and not is_first else ()
-        texts = self.their_format.headers if kind == "open" else self.their_format.footers
-        return symbols_of(self.augmenting, texts.get(role, ""))
+            return () if is_first else ("\n", "\n")
+        return symbols_of(self.augmenting, self.their_format.headers[role])
+
+    def footer(self, role: str) -> Symbols:
+        """What it writes behind a message."""
+        if self.their_format is None:
+            return ()
+        return symbols_of(self.augmenting, self.their_format.footers[role])
 
     def spell(self, reading: Reading, token: int) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
         """The text one token adds, and the new `shown` and `pending` tokens.

@@ -20,7 +20,7 @@ from graftlm.checkpoint import (
 from graftlm.composed import ComposedModel, ComposedPreTrainedModel
 from graftlm.config import ComposedConfig
 from graftlm.processor import ComposedProcessor, make_readers
-from graftlm.tokenization import find_tokenizer
+from graftlm.tokenization import find_tokenizer, tokenizer_fingerprint
 
 
 class SavesBridges(ComposedPreTrainedModel):
@@ -100,19 +100,25 @@ class SavesBridges(ComposedPreTrainedModel):
         bases = {"anchor": self.model.anchor, **self.model.augmenting}
         for name, base in bases.items():
             entry = self.config.bases.setdefault(name, {"name_or_path": None, "revision": None})
+            tokenizer = self.tokenizer_of(name)
             if entry.get("fingerprint") is None:
                 entry["fingerprint"] = fingerprint(
-                    base, with_head=name == "anchor", tokenizer=self.tokenizer_of(name)
+                    base, with_head=name == "anchor", tokenizer=tokenizer
                 )
+            elif tokenizer is not None:  # it may have been changed
+                entry["fingerprint"]["tokenizer"] = tokenizer_fingerprint(tokenizer)
 
     def tokenizer_of(self, name: str) -> PreTrainedTokenizerBase | None:
-        """The tokenizer of one part: as given, or the one beside the model."""
-        if self.processor is not None:
-            given = self.processor.all_tokenizers
-            if name in given:
-                return given[name]
+        """The tokenizer to know one part again by.
+
+        What matters is the one that text is read with. Where all models share their tokens that is
+        nobody's business but the user's, and the one beside the model tells whether it changed.
+        """
         base = self.model.anchor if name == "anchor" else self.model.augmenting[name]
-        return find_tokenizer(base.config.name_or_path)
+        given = {} if self.processor is None else self.processor.all_tokenizers
+        if name in given and given.keys() != {"anchor"}:
+            return given[name]
+        return find_tokenizer(base.config.name_or_path) or given.get(name)
 
     @classmethod
     def from_pretrained(
@@ -199,6 +205,8 @@ class SavesBridges(ComposedPreTrainedModel):
             if check_bases:
                 was = config.anchor_config if is_anchor else config.augmenting_configs[name]
                 print_of = known.get("fingerprint")
+                if print_of and config.format_version < 2:
+                    print_of = {**print_of, "tokenizer": None}  # was taken in another way
                 check_base(
                     loaded[name],
                     role,
@@ -216,7 +224,7 @@ class SavesBridges(ComposedPreTrainedModel):
         model.load_state_dict(tensors, strict=False)
         model.config.name_or_path = folder
         if processor is None:
-            model.set_tokenizers(find_tokenizer(folder), {})
+            model.set_tokenizers(find_tokenizer(os.path.join(folder, subfolder)), {})
         else:
             model.set_tokenizers(processor.tokenizer, processor.augmenting_tokenizers)
         return model

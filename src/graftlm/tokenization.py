@@ -6,6 +6,7 @@ Compared by what they do, not by name or by how a file spells them.
 import hashlib
 import json
 import os
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -45,6 +46,22 @@ def find_tokenizer(name_or_path: str | None) -> PreTrainedTokenizerBase | None:
         return None
 
 
+def load_tokenizer(name_or_path: str, **options: Any) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a model that is loaded by name: from a folder, or from the hub as the model.
+
+    Args:
+        name_or_path: A path or a hub id.
+        options: As in transformers, such as `trust_remote_code`.
+    """
+    path = gguf.resolve(name_or_path)
+    if os.path.isdir(path):
+        return find_tokenizer(path)
+    try:
+        return AutoTokenizer.from_pretrained(path, **options)
+    except (OSError, ValueError, KeyError):  # the model has none, or none we can read
+        return None
+
+
 def behaviour(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Token ids of a few telling texts, special tokens left out."""
     return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in PROBES]
@@ -62,10 +79,11 @@ def tokenizes_alike(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 over the vocabulary, the special tokens and what the tokenizer does to `PROBES`."""
-    facts = [
-        sorted(tokenizer.get_vocab().items()),
-        sorted((name, str(value)) for name, value in tokenizer.special_tokens_map.items()),
-        behaviour(tokenizer),
-    ]
+    """SHA-256 over the vocabulary and what the tokenizer does to `PROBES`.
+
+    Added tokens, and which of them pads or ends a text, do not count: trainers set these.
+    """
+    added = set(tokenizer.added_tokens_encoder)
+    vocabulary = {token: i for token, i in tokenizer.get_vocab().items() if token not in added}
+    facts = [sorted(vocabulary.items()), behaviour(tokenizer)]
     return hashlib.sha256(json.dumps(facts, ensure_ascii=True).encode()).hexdigest()
