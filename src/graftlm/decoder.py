@@ -29,6 +29,10 @@ UNSUPPORTED = {
 }
 
 
+# Families whose recurrent state is an attribute of their layers, whatever cache they are given.
+STATE_IN_MODEL = {"recurrent_gemma"}
+
+
 def check_decoder(model: nn.Module, role: str) -> None:
     """Refuse, in one sentence, what cannot be composed.
 

@@ -103,6 +103,11 @@ def read_on(
             f"{reading.num_columns}, so it cannot read on; it was switched off: start with a "
             "fresh cache"
         )
+    if reading.config.model_type in decoder.STATE_IN_MODEL:
+        raise ValueError(
+            f"augmenting model {name!r} keeps its state in itself and not in a cache, so its rows "
+            "cannot advance one by one; pass use_cache=False"
+        )
     shows_unsettled = reader(model, name).shows_unsettled
     if shows_unsettled and not keeps_keys_only(reading.config):
         raise ValueError(
