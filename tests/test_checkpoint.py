@@ -308,13 +308,15 @@ def test_bases_without_a_place_must_be_handed_over(anchor, augmenting, tmp_path)
 
 
 def test_handing_over_unknown_names_is_refused(saved, augmenting):
-    with pytest.raises(ValueError, match="names 'sw', but the checkpoint has only code"):
+    with pytest.raises(ValueError, match="names 'sw', but there is only code"):
         ComposedForCausalLM.from_pretrained(saved, augmenting={"sw": augmenting})
 
 
 def test_one_model_for_two_names_is_refused(anchor, augmenting, tmp_path):
     compose(anchor, {"a": augmenting, "b": augmenting}).save_pretrained(tmp_path / "composed")
-    with pytest.raises(ValueError, match="one model, but the checkpoint has 2: a, b"):
+    with pytest.raises(
+        ValueError, match="is a single one, but there are 2 augmenting models: a, b"
+    ):
         ComposedForCausalLM.from_pretrained(
             tmp_path / "composed", anchor=anchor, augmenting=augmenting
         )

@@ -259,7 +259,7 @@ def test_tokenizers_that_fit_no_model():
     anchor, other = pair_of_models()
     with pytest.raises(ValueError, match="names 'cod', but there is only code"):
         compose(anchor, {"code": other}, augmenting_tokenizers={"cod": word_tokenizer()})
-    with pytest.raises(ValueError, match="is one tokenizer, but there are 2 augmenting models: a"):
+    with pytest.raises(ValueError, match="is a single one, but there are 2 augmenting models: a"):
         compose(anchor, {"a": other, "b": other}, augmenting_tokenizers=word_tokenizer())
 
 

@@ -65,6 +65,32 @@ def load_base(base: Base, role: str, **options: Any) -> PreTrainedModel:
     return base
 
 
+def for_augmenting(given: Any, names: list[str], what: str) -> dict[str, Any]:
+    """What was given for the augmenting models, by name; for an only one it may go without.
+
+    Args:
+        given: One for the only model, several by name, or None.
+        names: Of the augmenting models.
+        what: How a message calls the argument.
+
+    Raises:
+        ValueError: If a name is unknown, or missing where there are several.
+    """
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        if len(names) != 1:
+            raise ValueError(
+                f"{what} is a single one, but there are {len(names)} augmenting models: "
+                f"{', '.join(names)}; pass a dictionary"
+            )
+        return {names[0]: given}
+    unknown = sorted(set(given) - set(names))
+    if unknown:
+        raise ValueError(f"{what} names {unknown[0]!r}, but there is only {', '.join(names)}")
+    return dict(given)
+
+
 def reference(model: PreTrainedModel) -> str | None:
     """Where a model came from: its hub id, or the absolute path of its folder or GGUF file."""
     name = model.config.name_or_path

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from graftlm import decoder
-from graftlm.bases import Base, load_base, reference
+from graftlm.bases import Base, for_augmenting, load_base, reference
 from graftlm.causal_lm import ComposedForCausalLM
 from graftlm.config import (
     AlignmentRule,
@@ -172,19 +172,7 @@ def gather_tokenizers(
         ValueError: If a name is unknown, or missing where there are several.
     """
     names = [name for name in models if name != "anchor"]
-    given = augmenting_tokenizers if augmenting_tokenizers is not None else {}
-    if not isinstance(given, Mapping):
-        if len(names) != 1:
-            raise ValueError(
-                f"augmenting_tokenizers is one tokenizer, but there are {len(names)} "
-                f"augmenting models: {', '.join(names)}; pass a dictionary"
-            )
-        given = {names[0]: given}
-    unknown = sorted(set(given) - set(names))
-    if unknown:
-        raise ValueError(
-            f"augmenting_tokenizers names {unknown[0]!r}, but there is only {', '.join(names)}"
-        )
+    given = for_augmenting(augmenting_tokenizers, names, "augmenting_tokenizers")
 
     def find(wanted: Any, model: Any) -> PreTrainedTokenizerBase | None:
         if isinstance(wanted, (str, os.PathLike)):

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from graftlm.bases import Base, check_base, fingerprint, load_base, reference
+from graftlm.bases import (
+    Base,
+    check_base,
+    fingerprint,
+    for_augmenting,
+    load_base,
+    reference,
+)
 from graftlm.checkpoint import (
     PREFIX,
     bridge_weights,
@@ -182,7 +189,8 @@ class SavesBridges(ComposedPreTrainedModel):
             "attn_implementation": attn_implementation,
             "quantization_config": quantization_config,
         }
-        given = name_bases(anchor, augmenting, config)
+        names = list(config.augmenting_configs)
+        given = {"anchor": anchor, **for_augmenting(augmenting, names, "augmenting")}
         processor = None
         if set(config.alignments.values()) != {"identity"}:
             processor = ComposedProcessor.from_pretrained(folder, config, **hub_options)
@@ -240,29 +248,3 @@ class SavesBridges(ComposedPreTrainedModel):
             "bridges": self.model.bridges,
         }
         return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
-
-
-def name_bases(
-    anchor: Base | None, augmenting: Base | Mapping[str, Base] | None, config: ComposedConfig
-) -> dict[str, Base | None]:
-    """The base models handed over, by name.
-
-    Raises:
-        ValueError: If a name is unknown, or missing where there are several.
-    """
-    names = list(config.augmenting_configs)
-    if augmenting is None:
-        augmenting = {}
-    elif not isinstance(augmenting, Mapping):
-        if len(names) != 1:
-            raise ValueError(
-                f"augmenting is one model, but the checkpoint has {len(names)}: "
-                f"{', '.join(names)}; pass a dictionary"
-            )
-        augmenting = {names[0]: augmenting}
-    unknown = sorted(set(augmenting) - set(names))
-    if unknown:
-        raise ValueError(
-            f"augmenting names {unknown[0]!r}, but the checkpoint has only {', '.join(names)}"
-        )
-    return {"anchor": anchor, **augmenting}
