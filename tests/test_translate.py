@@ -25,6 +25,7 @@ from graftlm.reproduce import (
     translate_data,
     translate_evaluation,
     translate_experiment,
+    translate_jobs,
     translate_sources,
     translate_systems,
     translate_training,
@@ -427,11 +428,15 @@ def test_the_whole_experiment(
     assert set(results["beaten"]["far"]["BLEU"]) == {"Up"}
     stored = json.loads((tmp_path / "results.json").read_text())
     assert stored["table"] == results["table"]
-    answers = json.loads((tmp_path / "answers.json").read_text())
-    assert len(answers) == 2
-    assert answers[0]["anchor"] == answers[1]["anchor"]
-    assert answers[0]["composed"] != answers[1]["composed"]
-    assert len(answers[0]["lora"]["near"]["Up"]["bits"]) == 2
+    answers = {
+        path.stem: json.loads(path.read_text())["scores"]
+        for path in (tmp_path / "answers").iterdir()
+    }
+    assert len(answers) == 2 * len(translate_systems.TRAINED) + len(translate_systems.UNTRAINED)
+    assert answers["composed-0"]["composed"] != answers["composed-1"]["composed"]
+    assert set(answers["composed-0"]) == {"composed", "wrong-test"}
+    assert len(answers["lora-0"]["lora"]["near"]["Up"]["bits"]) == 2
+    assert results["table"]["near"]["Up"]["chrF"]["anchor"]["deviation"] == 0
     assert ComposedForCausalLM.from_pretrained(tmp_path / "composed-1").num_parameters() > 0
     report = (tmp_path / "report.md").read_text()
     assert "| **composed** |" in report
@@ -439,18 +444,67 @@ def test_the_whole_experiment(
     assert (tmp_path / "scores.png").stat().st_size > 1000
 
 
-def test_time_sets_the_number_of_pairs(
+def test_a_stopped_experiment_goes_on(
+    tmp_path: Path,
     paths: tuple[str, str],
+    experiment: translate_experiment.Experiment,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In two processes; then nothing is done again, and another setting is done anew."""
+    monkeypatch.setattr(
+        translate_experiment, "require_model", lambda name: paths[name == "augmenting"]
+    )
+    asked: Any = {
+        "systems": ["composed", "lora", "anchor"],
+        "examples": 8,
+        "output": tmp_path,
+        "device": "cpu",
+        "console": QUIET,
+        "plots": False,
+    }
+    first = translate_experiment.run(experiment, jobs=2, **asked)
+    ran: list[str] = []
+    run_job = translate_jobs.run_job
+
+    def spy(study: Any, job: Any, console: Any) -> Any:
+        ran.append(job.name)
+        return run_job(study, job, console)
+
+    monkeypatch.setattr(translate_jobs, "run_job", spy)
+    again = translate_experiment.run(experiment, **asked)
+    assert not ran
+    assert [again[key] for key in ("table", "losses")] == [
+        first[key] for key in ("table", "losses")
+    ]
+    (tmp_path / "answers" / "lora-0.json").unlink()
+    alone = translate_experiment.run(experiment, **asked)
+    assert ran == ["lora"]
+    assert alone["losses"]["lora"][0][-1] == pytest.approx(first["losses"]["lora"][0][-1], 1e-3)
+    changed = replace(experiment.composition, learning_rate=1e-3)
+    translate_experiment.run(replace(experiment, composition=changed), **asked)
+    assert sorted(ran[1:]) == ["anchor", "composed", "lora"]
+
+
+def test_time_sets_the_number_of_pairs(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     experiment: translate_experiment.Experiment,
     workshop: translate_systems.Workshop,
     corpus: Corpus,
 ) -> None:
     systems = tuple(translate_systems.SYSTEMS)
-    sizes = [
-        translate_experiment.plan(experiment, workshop, corpus, systems, minutes, QUIET)
-        for minutes in (1e-6, 1e6)
-    ]
+    study = translate_jobs.Study(
+        workshop=workshop,
+        corpus=corpus,
+        training=experiment.training,
+        examples=0,
+        folder=tmp_path,
+    )
+    sizes = [translate_experiment.plan(study, systems, minutes, QUIET) for minutes in (1e-6, 1e6)]
     assert sizes == [4, 3 * len(corpus.training)]
+    monkeypatch.setattr(translate_experiment, "MOST_PASSES", 1)  # the kept plan is used
+    assert translate_experiment.plan(study, systems, 1e6, QUIET) == sizes[-1]
+    assert translate_experiment.plan(study, systems, 1e7, QUIET) == len(corpus.training)
 
 
 @pytest.mark.parametrize(
@@ -459,6 +513,7 @@ def test_time_sets_the_number_of_pairs(
         ({"seeds": 0}, "seeds must be at least 1, got 0"),
         ({"examples": 0}, "examples must be at least 1, got 0"),
         ({"tests": -1}, "tests must be at least 1, got -1"),
+        ({"jobs": 0}, "jobs must be at least 1, got 0"),
         ({"minutes": 0}, "minutes must be more than 0, got 0"),
         ({"systems": ["composed", "magic"]}, "system 'magic' is none of anchor, augmenting, "),
         ({"systems": ["lora"]}, "systems lacks 'composed', with which the others are compared"),

@@ -25,7 +25,14 @@ def add_arguments(parser: argparse.ArgumentParser, output: str = "translate") ->
         metavar="SYSTEM",
         help=f"which to compare; by default all: {', '.join(SYSTEMS)}",
     )
-    parser.add_argument("--output", default=output, help="folder for report and plot")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="how many systems to train and score at a time"
+    )
+    parser.add_argument(
+        "--output",
+        default=output,
+        help="folder for report and plot; a run into the same one goes on where it stopped",
+    )
     parser.add_argument("--device", help="cpu or cuda; by default a GPU where there is one")
     parser.add_argument("--no-plots", action="store_true", help="write no PNG file")
 
@@ -46,6 +53,7 @@ def options(args: argparse.Namespace) -> dict:
         "examples": args.examples,
         "tests": args.tests,
         "systems": args.systems,
+        "jobs": args.jobs,
         "output": args.output,
         "device": args.device,
         "plots": not args.no_plots,
@@ -58,6 +66,7 @@ def command_line(experiment: str, args: argparse.Namespace) -> str:
     words += ["--minutes", f"{args.minutes:g}"] if args.examples is None else []
     words += ["--examples", str(args.examples)] if args.examples is not None else []
     words += ["--tests", str(args.tests)]
+    words += ["--jobs", str(args.jobs)] if args.jobs > 1 else []
     if tuple(args.systems) != SYSTEMS:
         words += ["--systems", *args.systems]
     return shlex.join(words)

@@ -3,7 +3,7 @@
 import gc
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -17,15 +17,16 @@ from graftlm.reproduce.kv_experiment import Clock
 from graftlm.reproduce.kv_report import write_text
 from graftlm.reproduce.real_models import require_model
 from graftlm.reproduce.translate_comparison import compare
-from graftlm.reproduce.translate_data import Corpus, Pair, load_corpus, training_order
-from graftlm.reproduce.translate_evaluation import (
-    Scores,
-    System,
-    bits,
-    bits_per_byte,
-    num_bytes,
-    to_device,
-    translate,
+from graftlm.reproduce.translate_data import Corpus, load_corpus, training_order
+from graftlm.reproduce.translate_evaluation import bits_per_byte, num_bytes, to_device
+from graftlm.reproduce.translate_jobs import (
+    Job,
+    Outcome,
+    Study,
+    TestScores,
+    fingerprint,
+    jobs_of,
+    outcomes,
 )
 from graftlm.reproduce.translate_report import rich_tables, write_results
 from graftlm.reproduce.translate_systems import (
@@ -34,9 +35,8 @@ from graftlm.reproduce.translate_systems import (
     UNTRAINED,
     Composition,
     Workshop,
-    encode_wrong,
 )
-from graftlm.reproduce.translate_training import TrainingSettings, fit, target_loss
+from graftlm.reproduce.translate_training import TrainingSettings, target_loss
 
 MOST_PASSES = 3  # over the training pairs, however much time there is
 TRAINING_SHARE = 0.62  # of the minutes; the rest goes into scoring
@@ -92,6 +92,7 @@ def run(
     tests: int = 150,
     systems: Sequence[str] = tuple(SYSTEMS),
     output: str | Path = "translate",
+    jobs: int = 1,
     device: str | None = None,
     plots: bool = True,
     console: Console | None = None,
@@ -105,6 +106,9 @@ def run(
         examples: That number, instead.
         tests: Test pairs of each group.
         systems: Keys of `SYSTEMS`; "composed" is what the others are compared with.
+        output: Folder for the report, the plot, the composed models and every answer; what was
+            answered there before, by the same systems in the same setting, is not done again.
+        jobs: How many systems to train and score at a time, each in a process of its own.
         device: `cpu` or `cuda`; None takes a GPU where there is one.
 
     Returns:
@@ -113,7 +117,7 @@ def run(
     Raises:
         ValueError: If an argument is none of the above, or a model is not there.
     """
-    check(seeds, minutes, examples, tests, systems)
+    check(seeds, minutes, examples, tests, jobs, systems)
     console = console or Console()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     folder = Path(output)
@@ -129,18 +133,35 @@ def run(
         device=device,
     )
     clock.lap("preparation")
+    study = Study(
+        workshop=workshop,
+        corpus=corpus,
+        training=experiment.training,
+        examples=examples or 0,
+        folder=folder,
+    )
     if examples is None:
-        examples = plan(experiment, workshop, corpus, systems, minutes / seeds, console)
+        examples = plan(study, systems, minutes / seeds, console)
         clock.lap("planning")
-    study = Study(experiment, corpus, workshop, console, clock, folder, examples)
-    for seed in range(seeds):
-        study.run_seed(systems, seed)
+    study = replace(study, examples=examples)
+    scores: list[dict[str, TestScores]] = [{} for _ in range(seeds)]
+    losses: dict[str, dict[int, list[tuple[int, float]]]] = {}
+    for job, outcome in outcomes(study, jobs_of(systems, seeds), jobs, console):
+        show(job, outcome, corpus, console)
+        for seed in range(seeds) if job.name in UNTRAINED else [job.seed]:
+            scores[seed] |= outcome.scores
+        if job.name in TRAINED:
+            losses.setdefault(job.name, {})[job.seed] = outcome.losses
+        workshop.parameters.update(outcome.parameters)
+        for part, seconds in outcome.seconds.items():
+            clock.seconds[part] = clock.seconds.get(part, 0.0) + seconds
+    clock.lap("all systems")
     results = {
         "command": command,
         "experiment": experiment.name,
         "title": experiment.title,
         "about": experiment.about,
-        **compare(corpus, study.scores),
+        **compare(corpus, scores),
         "seeds": list(range(seeds)),
         "examples": examples,
         "tests": {
@@ -148,7 +169,7 @@ def run(
         },
         "dropped": corpus.dropped,
         "training_pairs": len(corpus.training),
-        "losses": study.losses,
+        "losses": {name: [by_seed[k] for k in sorted(by_seed)] for name, by_seed in losses.items()},
         "parameters": workshop.parameters,
         "seconds": clock.seconds,
         "settings": asdict(experiment.composition) | {"training": asdict(experiment.training)},
@@ -157,7 +178,8 @@ def run(
         },
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
         "threads": torch.get_num_threads(),
-        "examples_shown": study.shown(),
+        "jobs": jobs,
+        "examples_shown": shown(corpus, scores[0]),
     }
     write_results(folder, results, plots=plots)
     for table in rich_tables(results):
@@ -167,10 +189,16 @@ def run(
 
 
 def check(
-    seeds: int, minutes: float, examples: int | None, tests: int, systems: Sequence[str]
+    seeds: int,
+    minutes: float,
+    examples: int | None,
+    tests: int,
+    jobs: int,
+    systems: Sequence[str],
 ) -> None:
     """Refuse what cannot be run, before anything is loaded."""
     numbers = {"seeds": seeds, "examples": 1 if examples is None else examples, "tests": tests}
+    numbers["jobs"] = jobs
     for name, number in numbers.items():
         if number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}")
@@ -183,26 +211,29 @@ def check(
         raise ValueError("systems lacks 'composed', with which the others are compared")
 
 
-def plan(
-    experiment: Experiment,
-    workshop: Workshop,
-    corpus: Corpus,
-    systems: Sequence[str],
-    minutes: float,
-    console: Console,
-) -> int:
-    """How many training pairs fit into the time: some updates of each kind are timed."""
-    settings = experiment.training
+def plan(study: Study, systems: Sequence[str], minutes: float, console: Console) -> int:
+    """How many training pairs fit into the time: some updates of each kind are timed.
+
+    The answer is kept, so that a run that is begun again trains on as many.
+    """
+    path = study.folder / "plan.json"
+    asked = {"minutes": minutes, "systems": list(systems), "fingerprint": fingerprint(study)}
+    if path.exists():
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if {name: kept[name] for name in asked} == asked:
+            return kept["examples"]
+    settings, training = study.training, study.corpus.training
     seconds = {}
     for name in ("composed", "lora"):
-        system = workshop.make(name, seed=0)
-        pairs = training_order(corpus.training, 4 * settings.batch_size, settings.batch_size, 0)
+        system = study.workshop.make(name, seed=0)
+        pairs = training_order(training, 4 * settings.batch_size, settings.batch_size, 0)
         features = system.encode(pairs)
         start = 0.0
         for k in range(0, len(features), settings.batch_size):
             if k == settings.batch_size:  # the first is slower
                 start = time.perf_counter()
-            batch = to_device(system.collate(features[k : k + settings.batch_size]), device(system))
+            batch = system.collate(features[k : k + settings.batch_size])
+            batch = to_device(batch, system.model.device)
             target_loss(system.model, batch, bf16=settings.bf16).backward()
         seconds[name] = (time.perf_counter() - start) / (len(features) - settings.batch_size)
         del system
@@ -210,117 +241,29 @@ def plan(
     trained = [name for name in systems if name in TRAINED]
     total = sum(seconds["lora" if name == "lora" else "composed"] for name in trained)
     fits = round(60 * minutes * TRAINING_SHARE / total)
-    size = max(settings.batch_size, min(fits, MOST_PASSES * len(corpus.training)))
+    size = max(settings.batch_size, min(fits, MOST_PASSES * len(training)))
     size -= size % settings.batch_size
     console.print(f"{size} training pairs for each of {len(trained)} trained systems")
+    write_text(path, json.dumps(asked | {"examples": size}) + "\n")
     return size
 
 
-def device(system: System) -> torch.device:
-    """Where a system runs."""
-    return system.model.device
-
-
-class Study:
-    """The systems of all seeds, one after the other, and what they scored.
-
-    `scores[seed][system][test][group]`; systems that are not trained are scored once.
-    """
-
-    def __init__(
-        self,
-        experiment: Experiment,
-        corpus: Corpus,
-        workshop: Workshop,
-        console: Console,
-        clock: Clock,
-        folder: Path,
-        examples: int,
-    ):
-        self.experiment, self.corpus, self.workshop = experiment, corpus, workshop
-        self.console, self.clock, self.folder, self.examples = console, clock, folder, examples
-        self.scores: list[dict[str, dict[str, dict[str, Scores]]]] = []
-        self.losses: dict[str, list[list[tuple[int, float]]]] = {}
-
-    def run_seed(self, systems: Sequence[str], seed: int) -> None:
-        """Train and score every system once."""
-        batch_size = self.experiment.training.batch_size
-        pairs = training_order(self.corpus.training, self.examples, batch_size, seed)
-        scores: dict[str, dict[str, dict[str, Scores]]] = {}
-        self.scores.append(scores)
-        for name in (name for name in (*TRAINED, *UNTRAINED) if name in systems):
-            if name in UNTRAINED and seed > 0:
-                scores[name] = self.scores[0][name]
-                self.keep()
-                continue
-            system = self.workshop.make(name, seed)
-            if name in TRAINED:
-                self.train(name, system, pairs, seed)
-            scores[name] = self.score(name, system)
-            if name == "composed":
-                system.model.save_pretrained(self.folder / f"composed-{seed}")
-            if name == "composed" and "wrong-test" in systems:
-                tokenizer = system.tokenizer
-                other = replace(system, encode=lambda pairs, t=tokenizer: encode_wrong(pairs, t))
-                scores["wrong-test"] = self.score("wrong-test", other)
-            del system
-            gc.collect()
-            self.keep()
-
-    def train(self, name: str, system: System, pairs: Sequence[Pair], seed: int) -> None:
-        """Train a fresh system."""
-        composition = self.experiment.composition
-        rate = composition.lora_learning_rate if name == "lora" else composition.learning_rate
-        losses = fit(
-            system.model,
-            system.encode(pairs),
-            system.collate,
-            self.experiment.training,
-            learning_rate=rate,
-            seed=seed,
-            title=f"{name}, seed {seed}",
-            console=self.console,
-            device=self.workshop.device,
-        )
-        self.losses.setdefault(name, []).append(losses)
-        self.clock.lap(f"training {name}")
-
-    def score(self, name: str, system: System) -> dict[str, dict[str, Scores]]:
-        """Score a system on all tests."""
-        found = {}
-        for test, sets in self.corpus.tests.items():
-            found[test] = {
-                group: Scores(bits=bits(system, pairs), texts=translate(system, pairs))
-                for group, pairs in sets.items()
-            }
+def show(job: Job, outcome: Outcome, corpus: Corpus, console: Console) -> None:
+    """Say what a system scored, as soon as it did."""
+    for name, tests in outcome.scores.items():
+        for test, sets in tests.items():
             numbers = ", ".join(
-                f"{group} {bits_per_byte(found[test][group].bits, num_bytes(pairs)):.3f}"
-                for group, pairs in sets.items()
+                f"{group} {bits_per_byte(found.bits, num_bytes(corpus.tests[test][group])):.3f}"
+                for group, found in sets.items()
             )
-            self.console.print(f"{name}: {test}, bits per byte: {numbers}")
-        self.clock.lap(f"scoring {name}")
-        return found
+            console.print(f"{name}, seed {job.seed}: {test}, bits per byte: {numbers}")
 
-    def keep(self) -> None:
-        """Write down every answer, so that nothing is lost if a later system fails."""
-        plain = [
-            {
-                name: {t: {g: asdict(s) for g, s in sets.items()} for t, sets in tests.items()}
-                for name, tests in scores.items()
-            }
-            for scores in self.scores
-        ]
-        write_text(self.folder / "answers.json", json.dumps(plain, ensure_ascii=False) + "\n")
 
-    def shown(self) -> list[dict[str, str]]:
-        """A few test pairs with what the systems of the first seed made of them."""
-        rows = []
-        for test, sets in self.corpus.tests.items():
-            for group, pairs in sets.items():
-                answers = {n: tests[test][group].texts[0] for n, tests in self.scores[0].items()}
-                first = pairs[0]
-                rows.append(
-                    {"test": test, "group": group, "source": first.source, "target": first.target}
-                    | answers
-                )
-        return rows
+def shown(corpus: Corpus, scores: Mapping[str, TestScores]) -> list[dict[str, str]]:
+    """The first test pair of each group, with what the systems made of it."""
+    return [
+        {"test": test, "group": group, "source": pairs[0].source, "target": pairs[0].target}
+        | {name: tests[test][group].texts[0] for name, tests in scores.items()}
+        for test, sets in corpus.tests.items()
+        for group, pairs in sets.items()
+    ]
