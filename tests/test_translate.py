@@ -422,7 +422,7 @@ def test_the_whole_experiment(
         translate_experiment, "require_model", lambda name: paths[name == "augmenting"]
     )
     results = translate_experiment.run(
-        experiment, seeds=2, examples=8, output=tmp_path, device="cpu", console=QUIET
+        experiment, seeds=2, examples=8, texts=1, output=tmp_path, device="cpu", console=QUIET
     )
     assert set(results["table"]["near"]["Up"]["chrF"]) == set(translate_systems.SYSTEMS)
     assert set(results["beaten"]["far"]["BLEU"]) == {"Up"}
@@ -435,7 +435,8 @@ def test_the_whole_experiment(
     assert len(answers) == 2 * len(translate_systems.TRAINED) + len(translate_systems.UNTRAINED)
     assert answers["composed-0"]["composed"] != answers["composed-1"]["composed"]
     assert set(answers["composed-0"]) == {"composed", "wrong-test"}
-    assert len(answers["lora-0"]["lora"]["near"]["Up"]["bits"]) == 2
+    for kind, number in {"bits": 2, "texts": 1}.items():
+        assert len(answers["lora-0"]["lora"]["near"]["Up"][kind]) == number
     assert results["table"]["near"]["Up"]["chrF"]["anchor"]["deviation"] == 0
     assert ComposedForCausalLM.from_pretrained(tmp_path / "composed-1").num_parameters() > 0
     report = (tmp_path / "report.md").read_text()
@@ -498,6 +499,7 @@ def test_time_sets_the_number_of_pairs(
         corpus=corpus,
         training=experiment.training,
         examples=0,
+        texts=1,
         folder=tmp_path,
     )
     sizes = [translate_experiment.plan(study, systems, minutes, QUIET) for minutes in (1e-6, 1e6)]
@@ -513,6 +515,7 @@ def test_time_sets_the_number_of_pairs(
         ({"seeds": 0}, "seeds must be at least 1, got 0"),
         ({"examples": 0}, "examples must be at least 1, got 0"),
         ({"tests": -1}, "tests must be at least 1, got -1"),
+        ({"texts": 0}, "texts must be at least 1, got 0"),
         ({"jobs": 0}, "jobs must be at least 1, got 0"),
         ({"minutes": 0}, "minutes must be more than 0, got 0"),
         ({"systems": ["composed", "magic"]}, "system 'magic' is none of anchor, augmenting, "),

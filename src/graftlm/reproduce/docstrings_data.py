@@ -16,7 +16,9 @@ DESCRIBE, WRITE = "docstring", "function"  # the two groups
 LARGEST_FILE = 200_000  # characters; larger ones are tables
 SHORTEST, LONGEST = 20, 120  # characters of a docstring's first sentence
 SHORTEST_CODE, LONGEST_CODE = 60, 300
-MOST_PER_PACKAGE = 400  # so that no package is most of the data
+MOST_PER_PACKAGE = 60  # so that no package is most of the data
+MOST_FILES = 40  # of a package, to look into
+MOST_LINES = 40  # of a function; taking a longer one apart only to drop it costs time
 TEST_PACKAGES = 4  # every fourth package is held out, every eighth for choosing settings
 
 
@@ -89,14 +91,16 @@ def both_ways(found: list[tuple[str, str]]) -> dict[str, list[Pair]]:
 def functions(folders: dict[str, Path]) -> dict[str, list[tuple[str, str]]]:
     """Code without docstring, and the docstring's first sentence, by package; nothing twice."""
     found: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    num_files: dict[str, int] = defaultdict(int)
     seen: set[str] = set()
     for folder in folders.values():
         for path in sorted(folder.rglob("*.py")):
             package = path.relative_to(folder).parts[0].removesuffix(".py")
             if package == "site-packages" or "test" in str(path.relative_to(folder)):
                 continue
-            if len(found.get(package, ())) >= MOST_PER_PACKAGE:
+            if len(found.get(package, ())) >= MOST_PER_PACKAGE or num_files[package] == MOST_FILES:
                 continue
+            num_files[package] += 1
             for code, text in documented(path):
                 if text not in seen and code not in seen:
                     seen |= {text, code}
@@ -112,7 +116,7 @@ def documented(path: Path) -> Iterator[tuple[str, str]]:
     except (SyntaxError, ValueError, OSError):  # not for this version of Python, or unreadable
         return
     for node in ast.walk(tree):
-        if not isinstance(node, ast.FunctionDef):
+        if not isinstance(node, ast.FunctionDef) or num_lines(node) > MOST_LINES:
             continue
         sentence = first_sentence(ast.get_docstring(node) or "")
         if not SHORTEST <= len(sentence) <= LONGEST or len(node.body) < 2:
@@ -121,6 +125,12 @@ def documented(path: Path) -> Iterator[tuple[str, str]]:
         code = "\n".join(line for line in ast.unparse(node).splitlines() if line.strip())
         if SHORTEST_CODE <= len(code) <= LONGEST_CODE:
             yield code, sentence
+
+
+def num_lines(node: ast.FunctionDef) -> int:
+    """Lines of a function without its docstring, which may be long."""
+    last = node.end_lineno or node.lineno
+    return last - (node.body[0].end_lineno or node.lineno)
 
 
 def first_sentence(docstring: str) -> str:

@@ -18,6 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser, output: str = "translate") ->
     parser.add_argument("--examples", type=int, help="train on that many pairs instead")
     parser.add_argument("--tests", type=int, default=150, help="test pairs of each group")
     parser.add_argument(
+        "--texts", type=int, default=48, help="how many of them to answer, for chrF and BLEU"
+    )
+    parser.add_argument(
         "--systems",
         nargs="+",
         choices=SYSTEMS,
@@ -52,6 +55,7 @@ def options(args: argparse.Namespace) -> dict:
         "minutes": args.minutes,
         "examples": args.examples,
         "tests": args.tests,
+        "texts": args.texts,
         "systems": args.systems,
         "jobs": args.jobs,
         "output": args.output,
@@ -65,7 +69,7 @@ def command_line(experiment: str, args: argparse.Namespace) -> str:
     words = ["graftlm", "reproduce", experiment, "--seeds", str(args.seeds)]
     words += ["--minutes", f"{args.minutes:g}"] if args.examples is None else []
     words += ["--examples", str(args.examples)] if args.examples is not None else []
-    words += ["--tests", str(args.tests)]
+    words += ["--tests", str(args.tests), "--texts", str(args.texts)]
     words += ["--jobs", str(args.jobs)] if args.jobs > 1 else []
     if tuple(args.systems) != SYSTEMS:
         words += ["--systems", *args.systems]

@@ -61,7 +61,8 @@ def compare_seed(
             cell["p"] = bootstrap(own, found.bits, sizes)
         table["bits per byte"][name] = cell
     texts = {name: found.texts for name, found in scores.items()}
-    for name, metrics in chrf_and_bleu(texts, [p.target for p in pairs], "composed").items():
+    references = [pair.target for pair in pairs[: len(texts["composed"])]]
+    for name, metrics in chrf_and_bleu(texts, references, "composed").items():
         for metric, cell in metrics.items():
             table[metric][name] = cell
     return table

@@ -45,6 +45,7 @@ class Study:
 
     Args:
         examples: Training pairs of each system.
+        texts: Test pairs of each group that are answered; all are scored by likelihood.
         folder: Where outcomes and composed models are kept.
     """
 
@@ -52,6 +53,7 @@ class Study:
     corpus: Corpus
     training: TrainingSettings
     examples: int
+    texts: int
     folder: Path
 
 
@@ -125,13 +127,13 @@ def run_job(study: Study, job: Job, console: Console) -> Outcome:
     system = study.workshop.make(job.name, job.seed)
     losses = train(study, job, system, console) if job.name in TRAINED else []
     trained = time.perf_counter()
-    scores = {job.name: score(system, study.corpus)}
+    scores = {job.name: score(system, study)}
     if job.name == "composed":
         system.model.save_pretrained(study.folder / f"composed-{job.seed}")
     if job.wrong_test:
         tokenizer = system.tokenizer
         other = replace(system, encode=lambda pairs: encode_wrong(pairs, tokenizer))
-        scores["wrong-test"] = score(other, study.corpus)
+        scores["wrong-test"] = score(other, study)
     outcome = Outcome(
         scores=scores,
         losses=losses,
@@ -166,14 +168,14 @@ def train(study: Study, job: Job, system: System, console: Console) -> list[tupl
     )
 
 
-def score(system: System, corpus: Corpus) -> TestScores:
+def score(system: System, study: Study) -> TestScores:
     """Score a system on all tests."""
     return {
         test: {
-            group: Scores(bits=bits(system, pairs), texts=translate(system, pairs))
+            group: Scores(bits=bits(system, pairs), texts=translate(system, pairs[: study.texts]))
             for group, pairs in sets.items()
         }
-        for test, sets in corpus.tests.items()
+        for test, sets in study.corpus.tests.items()
     }
 
 
@@ -193,6 +195,7 @@ def fingerprint(study: Study, job: Job | None = None) -> str:
         "training": asdict(study.training),
         "bf16": study.workshop.bf16,
         "examples": study.examples,
+        "texts": study.texts,
         "corpus": asdict(study.corpus),
         "versions": [version(name) for name in ("graftlm", "torch", "transformers")],
     }

@@ -131,7 +131,8 @@ def report(results: Mapping[str, Any], plots: Sequence[str]) -> str:
         *markdown_tables(results),
         f"`*` composed is better, `†` it is worse, with p < {LEVEL}: paired bootstrap over "
         "sentences, 1,000 resamples; for chrF and BLEU sacrebleu's own. Of several seeds the "
-        "largest p counts. Bits per byte: of the reference, without the end of the text.",
+        "largest p counts. Bits per byte: of the reference, without the end of the text. chrF and "
+        f"BLEU: of the first {results['texts']} pairs of each group.",
         "",
         "## Does composed beat every control?",
         "",
