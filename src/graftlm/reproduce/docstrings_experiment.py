@@ -3,6 +3,7 @@
 from graftlm.reproduce.docstrings_data import load_corpus
 from graftlm.reproduce.translate_experiment import Experiment
 from graftlm.reproduce.translate_systems import Composition
+from graftlm.reproduce.translate_training import TrainingSettings
 
 DOCSTRINGS = Experiment(
     name="docstrings",
@@ -10,10 +11,13 @@ DOCSTRINGS = Experiment(
     composition=Composition(
         anchor="gemma-3-270m",
         augmenting="qwen2.5-coder-0.5b-instruct",
-        connections=((11, 5), (17, 10), (23, 13), (23, 16)),
-        learning_rate=4e-4,
-        lora_learning_rate=1e-3,
+        connections=((5, 2), (9, 4), (13, 7), (17, 9), (20, 11), (22, 13), (23, 14), (23, 16)),
+        width=192,
+        num_heads=6,
+        learning_rate=1.5e-3,
+        lora_learning_rate=2e-3,
     ),
+    training=TrainingSettings(batch_size=4),
     load=lambda num_tests: load_corpus(num_tests=num_tests),
     about="Short documented functions of the standard library and of installed packages, so that "
     "the numbers depend on what is installed; every fourth package is held out. The group names "
