@@ -20,6 +20,7 @@ VERBS = {
     "generate": "continue a prompt with a composed model",
     "verify": "prove on your own models that a composition is exact",
     "inspect": "show layers, connections, parameters and memory",
+    "plan": "count memory and time before anything is downloaded",
     "reproduce": "repeat an experiment of the CALM paper",
 }
 KNOWN_ERRORS = (ValueError, TypeError, OSError, ImportError)  # GraftlmErrors are among them
