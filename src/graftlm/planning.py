@@ -2,7 +2,8 @@
 
 The composed model is built from configurations alone and run on tensors without storage
 (`FakeTensorMode`): every matrix product is counted and every tensor kept for the backward pass is
-weighed, whatever the architecture. Nothing here is a formula but the time.
+weighed, whatever the architecture. Attention is counted over all pairs of tokens, as torch counts
+it; kernels that skip what a causal mask hides do half of that. Only the time is a formula.
 """
 
 import re
@@ -14,7 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 from transformers import AutoConfig, PreTrainedModel
 
 from graftlm import decoder, gguf
@@ -25,6 +30,29 @@ from graftlm.recipe import Recipe
 from graftlm.sizes import part_sizes, unloaded, without_weights
 
 GIGA = 10**9
+
+
+def attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Of the CPU's fused attention, which torch's counter does not know; arguments are shapes."""
+    return sdpa_flop_count(query, key, value)
+
+
+def attention_backward_flops(
+    gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any
+) -> int:
+    """Of its backward pass, which makes the scores again."""
+    return sdpa_backward_flop_count(gradient, query, key, value)
+
+
+FUSED = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
+}
+
+
+def flop_counter() -> FlopCounterMode:
+    """A counter that knows fused attention too."""
+    return FlopCounterMode(display=False, custom_mapping=FUSED)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -166,15 +194,26 @@ def parse_devices(text: str, *, flops: float, link: float) -> Devices:
 
 
 def compose_without_weights(recipe: Recipe) -> ComposedForCausalLM:
-    """What `compose` makes of a recipe's models, on the meta device."""
+    """What `compose` makes of a recipe's models, on the meta device.
+
+    Raises:
+        ValueError: If the recipe asks for what is not counted.
+    """
+    for name, counted in {"alignment": "auto", "reads": "sequence"}.items():
+        if getattr(recipe, name) != counted:
+            raise ValueError(
+                f"{name} is {getattr(recipe, name)!r}, but plan counts as if every model read "
+                f"every token of the anchor; leave {name} out"
+            )
     named = recipe.augmenting
     named = named if isinstance(named, Mapping) else {"augmenting": named}
-    trusted = {"trust_remote_code": recipe.trust_remote_code}
 
     def bare(name: str, role: str) -> PreTrainedModel:
-        config = AutoConfig.from_pretrained(gguf.resolve(name), **trusted)
+        config = AutoConfig.from_pretrained(gguf.resolve(name))
         if recipe.dtype != "auto":
             config.dtype = getattr(torch, recipe.dtype)
+        if config.dtype == torch.float16:  # as many bytes, and its range is not looked at
+            config.dtype = torch.bfloat16
         config.name_or_path = ""  # whose tokenizer is not asked for
         with torch.device("meta"):
             return without_weights(config, role)
@@ -182,7 +221,7 @@ def compose_without_weights(recipe: Recipe) -> ComposedForCausalLM:
     return compose(
         bare(recipe.anchor, "the anchor"),
         {name: bare(base, f"augmenting model {name!r}") for name, base in named.items()},
-        **recipe.compose_options() | {"alignment": "auto", "dtype": "auto"},
+        **recipe.compose_options() | {"dtype": "auto"},
     )
 
 
@@ -258,7 +297,7 @@ def run_step(model: ComposedForCausalLM, batch_size: int, length: int) -> Traini
             kept[id_of(tensor)] = tensor
         return tensor
 
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         with saved_tensors_hooks(weigh, lambda tensor: tensor):
             loss = model(input_ids=input_ids, labels=input_ids).loss
         forward, kept_bytes = counter.get_total_flops(), storage_bytes(kept)
@@ -280,10 +319,10 @@ def serving_cost(config: ComposedConfig, *, context: int) -> ServingCost:
     with FakeTensorMode(), torch.no_grad():
         give_fakes(model).eval()
         prompt = torch.zeros(1, context, dtype=torch.long)
-        with FlopCounterMode(display=False) as prefill:
+        with flop_counter() as prefill:
             cache = model(input_ids=prompt, use_cache=True, logits_to_keep=1).past_key_values
         size = storage_bytes({id_of(tensor): tensor for tensor in tensors_of(cache.layers)})
-        with FlopCounterMode(display=False) as token:
+        with flop_counter() as token:
             model(input_ids=prompt[:, :1], past_key_values=cache)
     return ServingCost(prefill=prefill.get_total_flops(), token=token.get_total_flops(), cache=size)
 
@@ -321,11 +360,9 @@ def training_memory(
         cost: Of a step of one device.
         num_devices: 1 for whole copies (DDP).
     """
-    sizes = part_sizes(model)
-    frozen = sum(size.num_bytes for name, size in sizes.items() if name != "bridges")
-    bridges = sizes["bridges"].num_bytes
+    bridges = part_sizes(model)["bridges"].num_bytes
     memory = {
-        "frozen models": frozen // num_devices,
+        "frozen models": frozen_bytes(model) // num_devices,
         "bridges, gradients, AdamW": 4 * bridges // num_devices,
         "kept for the backward pass": cost.kept,
         "passing": cost.passing,
@@ -339,16 +376,22 @@ def serving_memory(
     model: ComposedForCausalLM, cost: ServingCost, requests: int, num_devices: int
 ) -> dict[str, int]:
     """Bytes on each device that serves, layers spread over the devices (`device_map`)."""
-    weights = sum(size.num_bytes for size in part_sizes(model).values())
+    trained = sum(weight.numel() for weight in model.bridges.parameters())
+    weights = frozen_bytes(model) + trained * model.dtype.itemsize
     return {
         "weights": weights // num_devices,
         f"caches of {requests} contexts": requests * cost.cache // num_devices,
     }
 
 
+def frozen_bytes(model: ComposedForCausalLM) -> int:
+    """Bytes of the models that are composed."""
+    return sum(size.num_bytes for name, size in part_sizes(model).items() if name != "bridges")
+
+
 def largest_unit(model: ComposedForCausalLM) -> int:
-    """Bytes of the largest part that is gathered whole: a layer, or the embedding."""
-    units: list[nn.Module] = []
+    """Bytes of the largest part that is gathered whole: a layer, a bridge or the embedding."""
+    units: list[nn.Module] = [*model.bridges]
     for base in (model.anchor, *model.augmenting.values()):
         units += [*decoder.layer_list(base), base.get_input_embeddings()]
     return max(sum(w.numel() * w.element_size() for w in unit.parameters()) for unit in units)
@@ -357,13 +400,13 @@ def largest_unit(model: ComposedForCausalLM) -> int:
 def step_seconds(
     model: ComposedForCausalLM, cost: TrainingCost, devices: Devices, *, is_sharded: bool
 ) -> float:
-    """Seconds of a step: the longer of computing it and of gathering its weights.
+    """Seconds of a step: the longer of computing it and of what the devices exchange.
 
-    Sharded weights are gathered for the forward pass and again for the backward pass.
+    Whole copies exchange gradients of the bridges; sharded weights are gathered for the forward
+    pass and, at most all of them, again for the backward pass.
     """
-    computing = (cost.forward + cost.backward) / devices.flops
-    if not is_sharded:
-        return computing
-    weights = sum(size.num_bytes for size in part_sizes(model).values())
+    bridges = part_sizes(model)["bridges"].num_bytes
+    exchanged = 2 * (frozen_bytes(model) + bridges if is_sharded else bridges)
     elsewhere = (devices.count - 1) / devices.count
-    return max(computing, 2 * weights * elsewhere / devices.link)
+    computing = (cost.forward + cost.backward) / devices.flops
+    return max(computing, exchanged * elsewhere / devices.link)

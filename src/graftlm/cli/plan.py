@@ -54,12 +54,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "float32", "bfloat16", "float16"),
         help="precision of the frozen models; by default that of their files",
     )
-    group.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        default=None,
-        help="run code that comes with the models",
-    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -75,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
             "augmenting": options.named_models(args.augmenting),
             "data": "none",
             "output_dir": "none",
-            **options.given(args, *options.BRIDGE_OPTIONS, "dtype", "trust_remote_code"),
+            **options.given(args, *options.BRIDGE_OPTIONS, "dtype"),
         },
         "the command",
     )
@@ -94,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def show_plan(console: Any, plan: Any, work: Any, devices: Any) -> bool:
-    """Print what training and serving take; returns whether anything fits."""
+    """Print what training and serving take; returns whether both fit in some layout."""
     from graftlm.cli.show import show, table
     from graftlm.sizes import readable_bytes
 
@@ -114,10 +108,12 @@ def show_plan(console: Any, plan: Any, work: Any, devices: Any) -> bool:
     shown.add_row("backward", f"{plan.training.backward / 1e12:,.3g} TFLOP")
     for name, seconds in plan.seconds.items():
         shown.add_row(f"expected time, {name}", f"{seconds:.3g} s")
-    shown.add_row("one token when serving", f"{plan.serving.token / 1e9:,.3g} GFLOP")
+    shown.add_row("a context when serving", f"{plan.serving.prefill / 1e12:,.3g} TFLOP")
+    shown.add_row("a token behind it", f"{plan.serving.token / 1e9:,.3g} GFLOP")
     show(console, "Work", shown)
     console.print(
-        "Counted without weights, as if the models shared their tokens. Times assume that each "
+        "Counted without weights, as if the models shared their tokens, attention over all pairs "
+        "of tokens. Times assume that each "
         f"device sustains {devices.flops / 1e12:g} TFLOP/s and receives "
         f"{devices.link / 1e9:g} GB/s (--tflops, --link); nothing else takes time.",
         markup=False,
@@ -126,4 +122,5 @@ def show_plan(console: Any, plan: Any, work: Any, devices: Any) -> bool:
     for name in misfits:
         missing = readable_bytes(layouts[name] - devices.memory)
         console.print(f"warning: {name} does not fit, by {missing} a device", markup=False)
-    return len(misfits) < len(layouts)
+    *training, serving = layouts
+    return serving not in misfits and not set(training) <= set(misfits)

@@ -11,11 +11,12 @@ DOCSTRINGS = Experiment(
     composition=Composition(
         anchor="gemma-3-270m",
         augmenting="qwen2.5-coder-0.5b-instruct",
-        connections=((5, 2), (9, 4), (13, 7), (17, 9), (20, 11), (22, 13), (23, 14), (23, 16)),
+        # The coder's late layers know the code best, and the anchor needs layers left to use it.
+        connections=((9, 1), (13, 3), (17, 5), (20, 7), (22, 8), (23, 10), (23, 12), (23, 14)),
         width=192,
         num_heads=6,
-        learning_rate=1.5e-3,
-        lora_learning_rate=2e-3,
+        learning_rate=4e-4,
+        lora_learning_rate=7e-4,
     ),
     training=TrainingSettings(batch_size=4),
     load=lambda num_tests: load_corpus(num_tests=num_tests),
