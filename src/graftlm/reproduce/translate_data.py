@@ -229,7 +229,11 @@ def wrong_reading(
 
 
 def donors_of(pairs: Sequence[Pair], number: int = 3) -> list[list[Pair]]:
-    """For each pair the next ones of its language that say something else, in a ring."""
+    """For each pair the next ones of its language that say something else, in a ring.
+
+    Raises:
+        ValueError: If a language has no other sentence.
+    """
     by_language: dict[str, list[Pair]] = defaultdict(list)
     for pair in pairs:
         by_language[pair.language].append(pair)
@@ -240,8 +244,13 @@ def donors_of(pairs: Sequence[Pair], number: int = 3) -> list[list[Pair]]:
         place = seen[pair.language]
         seen[pair.language] += 1
         later = [ring[(place + k) % len(ring)] for k in range(1, len(ring))]
-        found = [other for other in later[: 4 * number] if other.source != pair.source]
-        donors.append(found[:number] or [pair])
+        found = [other for other in later if other.source != pair.source]
+        if not found:
+            raise ValueError(
+                f"{pair.language} has no second sentence, which an augmenting model could read in "
+                "the place of the first; ask for more tests or texts"
+            )
+        donors.append(found[:number])
     return donors
 
 

@@ -4,9 +4,11 @@ import gc
 import hashlib
 import json
 import multiprocessing
+import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -100,24 +102,35 @@ def outcomes(
             yield job, run_job(study, job, console)
         return
     threads = max(1, torch.get_num_threads() // processes)
+    gpus = visible_gpus() if study.workshop.device == "cuda" else []
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        futures = {pool.submit(run_alone, study, job, threads): job for job in missing}
+        futures = {pool.submit(run_alone, study, job, threads, gpus): job for job in missing}
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()
+        except BrokenProcessPool as error:
+            raise OSError(
+                "a process that trained or scored a system was killed, perhaps because memory ran "
+                f"out; what is finished is kept in {study.folder}: run again, with fewer --jobs"
+            ) from error
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def run_alone(study: Study, job: Job, threads: int) -> Outcome:
-    """A job in a process of its own."""
+def visible_gpus() -> list[str]:
+    """Names of the GPUs that this process may use."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(k) for k in range(torch.cuda.device_count())]
+
+
+def run_alone(study: Study, job: Job, threads: int, gpus: Sequence[str]) -> Outcome:
+    """A job in a process of its own, which sees one of the GPUs."""
+    if gpus:  # before CUDA starts in this process; Trainer would use all that it sees
+        (number,) = multiprocessing.current_process()._identity
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
     torch.set_num_threads(threads)
     transformers_logging.disable_progress_bar()
-    if study.workshop.device == "cuda":
-        number = (multiprocessing.current_process()._identity or (1,))[0]
-        device = f"cuda:{(number - 1) % torch.cuda.device_count()}"
-        study = replace(study, workshop=replace(study.workshop, device=device))
     return run_job(study, job, Console(quiet=True))
 
 
@@ -183,21 +196,25 @@ def score(system: System, study: Study) -> TestScores:
 
 
 def outcome_path(study: Study, job: Job) -> Path:
-    """Where the outcome of a job is kept."""
-    return study.folder / "answers" / f"{job.name}-{job.seed}.json"
+    """Where the outcome of a job is kept; another setting has another place."""
+    return study.folder / "answers" / f"{job.name}-{job.seed}-{fingerprint(study, job)[:12]}.json"
 
 
 def fingerprint(study: Study, job: Job | None = None) -> str:
     """Changes with everything that an outcome depends on but the machine."""
+    workshop = study.workshop
     told = {
         "job": None if job is None else asdict(job),
-        "composition": asdict(study.workshop.composition),
+        "composition": asdict(workshop.composition),
+        # Folders converted from GGUF files are named by the files' hashes.
+        "models": [Path(p).name for p in (workshop.anchor_path, workshop.augmenting_path)],
+        "device": workshop.device.partition(":")[0],
         "training": asdict(study.training),
-        "bf16": study.workshop.bf16,
+        "bf16": workshop.bf16,
         "examples": study.examples,
         "texts": study.texts,
         "corpus": asdict(study.corpus),
-        "versions": [version(name) for name in ("graftlm", "torch", "transformers")],
+        "versions": [version(name) for name in ("graftlm", "torch", "transformers", "peft")],
     }
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
@@ -206,8 +223,7 @@ def keep_outcome(study: Study, job: Job, outcome: Outcome) -> None:
     """Write down what came out of a job."""
     path = outcome_path(study, job)
     path.parent.mkdir(parents=True, exist_ok=True)
-    record = {"fingerprint": fingerprint(study, job), **asdict(outcome)}
-    write_text(path, json.dumps(record, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(asdict(outcome), ensure_ascii=False) + "\n")
 
 
 def read_outcome(study: Study, job: Job) -> Outcome | None:
@@ -216,8 +232,6 @@ def read_outcome(study: Study, job: Job) -> Outcome | None:
     if not path.exists():
         return None
     record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if record.pop("fingerprint") != fingerprint(study, job):
-        return None
     scores = {
         name: {
             test: {group: Scores(**found) for group, found in sets.items()}

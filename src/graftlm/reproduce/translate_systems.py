@@ -100,6 +100,8 @@ class Workshop:
 
     def make(self, name: str, seed: int) -> System:
         """One system before its training, the same for the same seed."""
+        if name == "lora":
+            self.num_bridge_parameters()  # may compose, which draws random numbers
         set_seed(seed)
         if name in UNTRAINED:
             return self.few_shot(self.anchor_path if name == "anchor" else self.augmenting_path)
