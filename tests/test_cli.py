@@ -180,6 +180,30 @@ def test_every_option_is_used_in_a_test() -> None:
             assert not options or any(f'"{option}"' in source for option in options), options
 
 
+# ---- plan --------------------------------------------------------------------------------
+
+
+def test_plan_needs_configurations_only(
+    models: tuple[str, str], tmp_path: Path, output: Output
+) -> None:
+    for name, folder in zip(("anchor", "augmenting"), models, strict=True):
+        (tmp_path / name).mkdir(parents=True)
+        shutil.copy(Path(folder) / "config.json", tmp_path / name)
+    line = ["plan", "--anchor", str(tmp_path / "anchor")]
+    line += ["--augmenting", str(tmp_path / "augmenting"), "--batch-size", "2", "--length", "16"]
+    line += ["--context", "16", "--requests", "3", "--checkpointing", "--tflops", "1e-3"]
+    line += ["--link", "0.01", "--devices"]
+    shown = output.of(*line, "2x1GB")
+    for words in ("training, sharded over 2", "fits into 1 GB", "caches of 3 contexts"):
+        assert words in shown
+    assert "sustains 0.001 TFLOP/s and receives 0.01 GB/s" in shown
+    assert "NO" not in shown
+    shown = output.of(*line, "2x0.00001GB", status=1)
+    assert shown.count("NO") == 3
+    assert "warning: training, whole copies does not fit, by " in shown
+    assert "devices is 'many'" in output.of(*line, "many", status=2)
+
+
 # ---- compose and inspect -----------------------------------------------------------------
 
 

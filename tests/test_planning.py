@@ -1,7 +1,6 @@
 """`graftlm plan`: what is counted without weights is what a real model takes."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from graftlm import ComposedForCausalLM, compose, planning
-from graftlm.cli import main
 from graftlm.recipe import Recipe
 from tiny import save_pair
 
@@ -190,28 +188,6 @@ def test_work_is_refused(name: str) -> None:
     }
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         planning.Work(**work | {name: 0})
-
-
-def test_the_command_needs_configurations_only(
-    tmp_path: Path, pair: tuple[str, str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    for name, folder in zip(("anchor", "augmenting"), pair, strict=True):
-        (tmp_path / "bare" / name).mkdir(parents=True)
-        shutil.copy(Path(folder) / "config.json", tmp_path / "bare" / name)
-    bare = ["--anchor", str(tmp_path / "bare" / "anchor")]
-    bare += ["--augmenting", str(tmp_path / "bare" / "augmenting")]
-    small = ["--length", "16", "--context", "16", "--requests", "1"]
-    assert main(["plan", *bare, "--devices", "2x1GB", *small]) == 0
-    output = capsys.readouterr().out
-    assert "training, sharded over 2" in output
-    assert "fits into 1 GB" in output
-    assert "NO" not in output
-    assert main(["plan", *bare, "--devices", "2x0.00001GB", *small]) == 1
-    output = capsys.readouterr().out
-    assert output.count("NO") == 3
-    assert "warning: training, whole copies does not fit, by " in output
-    assert main(["plan", *bare, "--devices", "many", *small]) == 2
-    assert "devices is 'many'" in capsys.readouterr().err
 
 
 def test_shapes_are_those_of_the_llamas() -> None:
