@@ -11,7 +11,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from families import tiny_config
 from graftlm import ComposedForCausalLM, compose, planning
+from graftlm.config import ComposedConfig, Connection
 from graftlm.recipe import Recipe
 from tiny import save_pair
 
@@ -126,6 +128,37 @@ def test_memory_is_divided_and_nothing_is_lost(model: ComposedForCausalLM) -> No
     assert plan.seconds["whole copies"] == pytest.approx(max(computing, 2 * trained * 0.75 / 1e6))
     assert plan.seconds["sharded"] == pytest.approx(max(computing, 2 * weights * 0.75 / 1e6))
     assert plan.seconds["sharded"] > plan.seconds["whole copies"]
+
+
+def experts(dtype: torch.dtype, chosen: int) -> ComposedConfig:
+    """A composition whose anchor has four experts, of which a token goes to some."""
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_local_experts": 4}
+    anchor = tiny_config("mixtral", **size, num_experts_per_tok=chosen)
+    augmenting = tiny_config("llama")
+    anchor.dtype = augmenting.dtype = dtype
+    return ComposedConfig(
+        anchor_config=anchor,
+        augmenting_configs={"augmenting": augmenting},
+        connections=[Connection(augmenting_layer=0, anchor_layer=0)],
+    )
+
+
+def test_a_token_costs_the_experts_it_goes_to() -> None:
+    one, two = (
+        planning.training_cost(
+            experts(torch.bfloat16, chosen), batch_size=BATCH, length=LENGTH, checkpointing=False
+        )
+        for chosen in (1, 2)
+    )
+    layers = experts(torch.bfloat16, 1).num_hidden_layers
+    of_one = 2 * BATCH * LENGTH * 3 * 32 * 48
+    assert two.forward - one.forward == layers * of_one
+    assert two.backward - one.backward == (layers - 1) * of_one  # nothing below the bridge
+
+
+def test_what_cannot_be_counted_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"cannot be counted without weights \(.*bfloat16"):
+        planning.serving_cost(experts(torch.float32, 1), context=LENGTH)
 
 
 def recipe(pair: tuple[str, str], **changes: Any) -> Recipe:

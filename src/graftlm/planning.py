@@ -6,8 +6,10 @@ weighed, whatever the architecture. Attention is counted over all pairs of token
 it; kernels that skip what a causal mask hides do half of that. Only the time is a formula.
 """
 
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,15 +46,38 @@ def attention_backward_flops(
     return sdpa_backward_flop_count(gradient, query, key, value)
 
 
+def experts_flops(tokens: Any, weights: Any, *_: Any, **__: Any) -> int:
+    """Of the experts' product, each token with the experts it goes to; arguments are shapes."""
+    return 2 * math.prod(tokens) * weights[-1]
+
+
 FUSED = {
+    torch.ops.aten._grouped_mm: experts_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
 }
 
 
 def flop_counter() -> FlopCounterMode:
-    """A counter that knows fused attention too."""
+    """A counter that knows fused attention and experts too."""
     return FlopCounterMode(display=False, custom_mapping=FUSED)
+
+
+@contextmanager
+def without_storage() -> Iterator[None]:
+    """Tensors made here have shapes, but no storage.
+
+    Raises:
+        ValueError: If a model runs operations that need more than shapes.
+    """
+    try:
+        with FakeTensorMode():
+            yield
+    except (RuntimeError, NotImplementedError) as error:
+        raise ValueError(
+            f"the models cannot be counted without weights ({error}); mixtures of experts can in "
+            "bfloat16: --dtype bfloat16"
+        ) from error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -226,7 +251,7 @@ def compose_without_weights(recipe: Recipe) -> ComposedForCausalLM:
 
 
 def give_fakes(model: ComposedForCausalLM) -> ComposedForCausalLM:
-    """Put a tensor without storage in the place of each; call inside a `FakeTensorMode`."""
+    """Put a tensor without storage in the place of each; call inside `without_storage`."""
     fakes: dict[int, Tensor] = {}
 
     def fake(tensor: Tensor) -> Tensor:
@@ -268,7 +293,7 @@ def training_cost(
         bridge_dtype: Of the bridges, and so of their optimizer.
     """
     model = unloaded(config, bridge_dtype)
-    with FakeTensorMode():
+    with without_storage():
         give_fakes(model).train()
         plain = run_step(model, batch_size, length)
         cost = plain
@@ -316,7 +341,7 @@ def serving_cost(config: ComposedConfig, *, context: int) -> ServingCost:
     """Count a prefill of one row and one token behind it, and weigh the cache."""
     model = unloaded(config, torch.float32)
     model.bridges.to(model.anchor.dtype)  # trained ones need no more
-    with FakeTensorMode(), torch.no_grad():
+    with without_storage(), torch.no_grad():
         give_fakes(model).eval()
         prompt = torch.zeros(1, context, dtype=torch.long)
         with flop_counter() as prefill:
