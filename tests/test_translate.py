@@ -103,6 +103,23 @@ def workshop(
     )
 
 
+@pytest.fixture
+def study(
+    workshop: translate_systems.Workshop,
+    corpus: Corpus,
+    experiment: translate_experiment.Experiment,
+    tmp_path: Path,
+) -> translate_jobs.Study:
+    return translate_jobs.Study(
+        workshop=workshop,
+        corpus=corpus,
+        training=experiment.training,
+        examples=8,
+        texts=2,
+        folder=tmp_path,
+    )
+
+
 # ---- sources -----------------------------------------------------------------------------
 
 
@@ -491,11 +508,7 @@ def test_a_stopped_experiment_goes_on(
 
 
 def test_a_killed_process_is_explained(
-    tmp_path: Path,
-    workshop: translate_systems.Workshop,
-    corpus: Corpus,
-    experiment: translate_experiment.Experiment,
-    monkeypatch: pytest.MonkeyPatch,
+    study: translate_jobs.Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Killed:
         def __init__(self, *args: Any, **kwargs: Any):
@@ -516,14 +529,6 @@ def test_a_killed_process_is_explained(
             pass
 
     monkeypatch.setattr(translate_jobs, "ProcessPoolExecutor", Killed)
-    study = translate_jobs.Study(
-        workshop=workshop,
-        corpus=corpus,
-        training=experiment.training,
-        examples=8,
-        texts=2,
-        folder=tmp_path,
-    )
     with pytest.raises(OSError, match="was killed, perhaps because memory ran out"):
         list(translate_jobs.outcomes(study, translate_jobs.jobs_of(["composed"], 1), 2, QUIET))
 
@@ -560,26 +565,14 @@ def test_a_lonely_sentence_has_no_donor() -> None:
 
 
 def test_time_sets_the_number_of_pairs(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    experiment: translate_experiment.Experiment,
-    workshop: translate_systems.Workshop,
-    corpus: Corpus,
+    study: translate_jobs.Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     systems = tuple(translate_systems.SYSTEMS)
-    study = translate_jobs.Study(
-        workshop=workshop,
-        corpus=corpus,
-        training=experiment.training,
-        examples=0,
-        texts=1,
-        folder=tmp_path,
-    )
     sizes = [translate_experiment.plan(study, systems, minutes, QUIET) for minutes in (1e-6, 1e6)]
-    assert sizes == [4, 3 * len(corpus.training)]
+    assert sizes == [4, 3 * len(study.corpus.training)]
     monkeypatch.setattr(translate_experiment, "MOST_PASSES", 1)  # the kept plan is used
     assert translate_experiment.plan(study, systems, 1e6, QUIET) == sizes[-1]
-    assert translate_experiment.plan(study, systems, 1e7, QUIET) == len(corpus.training)
+    assert translate_experiment.plan(study, systems, 1e7, QUIET) == len(study.corpus.training)
 
 
 @pytest.mark.parametrize(
