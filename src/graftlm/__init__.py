@@ -13,12 +13,14 @@ from graftlm._version import __version__
 if TYPE_CHECKING:
     from graftlm.bridge import Bridge
     from graftlm.cache import ComposedCache
+    from graftlm.caching import cache_states
     from graftlm.causal_lm import ComposedForCausalLM
     from graftlm.composed import ComposedModel
     from graftlm.config import BridgeConfig, ComposedConfig, Connection
     from graftlm.errors import CheckpointMismatchError, GraftlmError, UnsupportedModelError
     from graftlm.loading import compose
     from graftlm.processor import ComposedDataCollator, ComposedProcessor
+    from graftlm.states_cache import StatesCache
     from graftlm.verification import verify
 
 _HOME = {
@@ -34,6 +36,8 @@ _HOME = {
     "Connection": "config",
     "GraftlmError": "errors",
     "UnsupportedModelError": "errors",
+    "StatesCache": "states_cache",
+    "cache_states": "caching",
     "compose": "loading",
     "verify": "verification",
 }
@@ -50,8 +54,10 @@ __all__ = [
     "ComposedProcessor",
     "Connection",
     "GraftlmError",
+    "StatesCache",
     "UnsupportedModelError",
     "__version__",
+    "cache_states",
     "compose",
     "verify",
 ]

@@ -21,7 +21,7 @@ from graftlm.augmenting_tokens import AugmentingTokens
 from graftlm.cache import ComposedCache
 from graftlm.composed import ComposedModel
 from graftlm.config import ComposedConfig
-from graftlm.passes import PassInputs, Scoped
+from graftlm.passes import PassInputs, Scoped, prompt_of
 from graftlm.saving import SavesBridges
 
 anchor_only_keys: Scoped[frozenset[str]] = Scoped(frozenset())
@@ -163,6 +163,7 @@ class ComposedForCausalLM(SavesBridges, GenerationMixin):
         prompt_mask: Int[Tensor, "batch prompt_seq"] | None = None,
         read_ids: Int[Tensor, "batch seq"] | None = None,
         augmenting_inputs: Mapping[str, AugmentingTokens] | None = None,
+        frozen_states: Mapping[str, Tensor] | None = None,
         return_dict: bool | None = None,
         **options: Any,
     ) -> ModelOutput | tuple[Any, ...]:
@@ -188,6 +189,9 @@ class ComposedForCausalLM(SavesBridges, GenerationMixin):
             augmenting_inputs: What augmenting models with tokenizers of their own read of these
                 rows, prepared by `ComposedProcessor`; by default read here. For whole rows, so
                 not with a cache.
+            frozen_states: Hidden states of these rows that training never changes, padded on the
+                right like the tokens, as `StatesCache` keeps them: the augmenting models are not
+                run then, nor the anchor up to its first connected layer. Not with a cache.
             return_dict: False returns a tuple.
             options: Passed on to the anchor.
 
@@ -218,7 +222,7 @@ class ComposedForCausalLM(SavesBridges, GenerationMixin):
         if self.config.reads != "prompt":
             prompt_mask = None
         elif prompt_mask is None and labels is not None:
-            prompt_mask = ((labels != -100).cumsum(-1) == 0).long()
+            prompt_mask = prompt_of(labels)
         output = self.model.run(
             self.anchor,
             PassInputs(
@@ -228,6 +232,7 @@ class ComposedForCausalLM(SavesBridges, GenerationMixin):
                 prompt_mask=prompt_mask,
                 read_ids=read_ids,
                 augmenting_inputs=augmenting_inputs,
+                frozen_states=frozen_states,
             ),
             past_key_values=past_key_values,
             use_cache=use_cache,

@@ -21,6 +21,7 @@ from graftlm.augmenting_tokens import AugmentingTokens, ReadingCache
 from graftlm.bridge import Bridge
 from graftlm.cache import ComposedCache, is_empty
 from graftlm.config import ComposedConfig
+from graftlm.frozen_states import entering_view, take_states
 from graftlm.own_tokens import has_reader, run_reader
 from graftlm.passes import ForwardPass, Hooks, PassInputs, part_of
 from graftlm.reading import Reader
@@ -93,7 +94,9 @@ class ComposedModel(ComposedPreTrainedModel):
         )
         self.readers: dict[str, Reader] = {}
         self.hooks = Hooks(uuid.uuid4().hex)
+        self.layer_output: tuple[type, int] | None = None  # see `frozen_states.layer_output`
         self._views: dict[str, tuple[list[nn.Module], PreTrainedModel]] = {}
+        self.entering_views: dict[str, tuple[list[nn.Module], PreTrainedModel]] = {}
         self.attach_hooks()
         # The user's anchor outlives us; our hooks must not.
         weakref.finalize(self, self.hooks.remove)
@@ -133,7 +136,7 @@ class ComposedModel(ComposedPreTrainedModel):
 
     def __getstate__(self) -> dict[str, Any]:
         """Views are rebuilt where they are needed; a copy must not run the original's layers."""
-        return self.__dict__ | {"_views": {}}
+        return self.__dict__ | {"_views": {}, "entering_views": {}}
 
     def train(self, mode: bool = True) -> "ComposedModel":
         """Train the bridges; the frozen models stay in evaluation mode.
@@ -235,6 +238,9 @@ class ComposedModel(ComposedPreTrainedModel):
         if not torch.compiler.is_compiling():
             self.attach_hooks()
         forward_pass = ForwardPass(self.hooks.key, self, cache)
+        if inputs.frozen_states is not None:
+            shape = inputs.input_ids.shape
+            take_states(self, forward_pass, "anchor", inputs.frozen_states, shape)
         for name in self.augmenting:
             if self.config.scales[name] == 0:
                 continue
@@ -257,7 +263,9 @@ class ComposedModel(ComposedPreTrainedModel):
         position_ids, (batch, length) = inputs.position_ids, input_ids.shape
         layer = None if cache is None else self.bridge_layer(cache, name)
         past, kept, new = self.count_tokens(name, cache, layer, length, prompt_mask)
-        if new:
+        if inputs.frozen_states is not None:
+            take_states(self, forward_pass, name, inputs.frozen_states, input_ids.shape, new)
+        elif new:
             view = self.running_view(name)
             self.check_vocabulary(name, view, input_ids)
             arguments = decoder.call_arguments(
@@ -399,11 +407,16 @@ class ComposedModel(ComposedPreTrainedModel):
         """
         if use_cache is None:
             # What was prepared for whole rows is not for reading on.
-            use_cache = not self.training and inputs.augmenting_inputs is None
+            prepared = inputs.augmenting_inputs is not None or inputs.frozen_states is not None
+            use_cache = not self.training and not prepared
             use_cache = use_cache and getattr(self.config.get_text_config(), "use_cache", True)
         cache = self.resolve_cache(past_key_values, use_cache)
+        if inputs.frozen_states is not None:
+            check_frozen(cache, options)
         forward_pass = self.begin(inputs, cache)
         assert inputs.input_ids is not None
+        if inputs.frozen_states is not None:
+            part = entering_view(self, part)
         arguments = decoder.call_arguments(
             part,
             attention_mask=part_of(inputs.attention_mask, "anchor"),
@@ -432,6 +445,7 @@ class ComposedModel(ComposedPreTrainedModel):
         prompt_mask: Int[Tensor, "batch prompt_seq"] | None = None,
         read_ids: Int[Tensor, "batch seq"] | None = None,
         augmenting_inputs: Mapping[str, AugmentingTokens] | None = None,
+        frozen_states: Mapping[str, Tensor] | None = None,
         return_dict: bool | None = None,
         **options: Any,
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:
@@ -448,12 +462,29 @@ class ComposedModel(ComposedPreTrainedModel):
                 prompt_mask=prompt_mask if self.config.reads == "prompt" else None,
                 read_ids=read_ids,
                 augmenting_inputs=augmenting_inputs,
+                frozen_states=frozen_states,
             ),
             past_key_values=past_key_values,
             use_cache=use_cache,
             options=options,
         )
         return output.to_tuple() if return_dict is False else output
+
+
+def check_frozen(cache: ComposedCache | None, options: Mapping[str, Any]) -> None:
+    """Refuse what given hidden states cannot serve.
+
+    Raises:
+        ValueError: If a cache would miss the layers that are not run, or their output is asked for.
+    """
+    unseen = [name for name in ("output_hidden_states", "output_attentions") if options.get(name)]
+    if cache is not None:
+        unseen.append("use_cache")
+    if unseen:
+        raise ValueError(
+            f"{unseen[0]} is on, but with frozen_states the lower layers of the anchor are not "
+            "run; leave out one of the two"
+        )
 
 
 def check_finite(forward_pass: ForwardPass, name: str) -> None:

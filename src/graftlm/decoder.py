@@ -165,6 +165,8 @@ def shorten(model: PreTrainedModel, length: int) -> PreTrainedModel:
     view._modules = dict(decoder._modules)
     setattr(view, name, nn.ModuleList(layers[:length]))
     view.config = copy.deepcopy(decoder.config)
+    if getattr(config, "hidden_size_per_layer_input", 0):
+        return view  # Gemma 4 has embeddings for each of so many layers
     view.config.num_hidden_layers = length
     for per_layer in ("layer_types", "mlp_layer_types", "layers_block_type"):
         values = vars(view.config).get(per_layer)

@@ -19,6 +19,7 @@ from graftlm.augmenting_tokens import (
     seen_by,
 )
 from graftlm.config import DistanceUnit
+from graftlm.frozen_states import take_states
 from graftlm.reading import Reader
 
 if TYPE_CHECKING:
@@ -52,7 +53,9 @@ def run_reader(
         ranks, ends, branches = reading.ranks, reading.ends, reading.branches
     if not ranks.shape[1]:
         return
-    if tokens["ranks"].shape[1]:
+    if inputs.frozen_states is not None:
+        take_states(model, forward_pass, name, inputs.frozen_states, tokens["ranks"].shape)
+    elif tokens["ranks"].shape[1]:
         check_context(view, name, tokens)
         run_read_tokens(model, forward_pass, name, tokens, reading)
     forward_pass.plan[name] = align_by_rank(

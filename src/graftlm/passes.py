@@ -18,9 +18,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from graftlm.augmenting_tokens import AugmentingTokens
+from graftlm.collation import IGNORED
 from graftlm.decoder import hidden_states_of, with_hidden_states
 
 T = TypeVar("T")
+
+RECORDING = "recording"  # what "runs" in a pass that keeps the anchor's hidden states, unbridged
 
 
 @runtime_checkable
@@ -44,6 +47,7 @@ class PassInputs:
     prompt_mask: Int[Tensor, "batch prompt_seq"] | None = None
     read_ids: Int[Tensor, "batch seq"] | None = None
     augmenting_inputs: Mapping[str, AugmentingTokens] | None = None
+    frozen_states: Mapping[str, Tensor] | None = None
 
     @property
     def tokens_to_read(self) -> Int[Tensor, "batch seq"]:
@@ -92,10 +96,11 @@ class ForwardPass:
         key: Of the composed model; hooks of other models stay silent.
         model: Whose bridges apply.
         running: Name of the augmenting model that runs now, or "anchor".
-        states: Captured hidden states, by augmenting model and layer.
+        states: Captured or given hidden states, by part and layer.
         plan: What the bridges of each augmenting model need; filled in by the model.
         cache: The composed cache, or None.
         bridged: How many anchor layers have been bridged.
+        layer_output: In a recording pass: what an anchor layer returns; see `layer_output`.
     """
 
     key: str
@@ -105,6 +110,7 @@ class ForwardPass:
     states: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     plan: dict[str, Any] = field(default_factory=dict)
     bridged: int = 0
+    layer_output: tuple[type, int] | None = None
 
     def __enter__(self) -> "ForwardPass":
         passes.set((*passes.get(), self))
@@ -124,6 +130,11 @@ def part_of(masks: Any, name: str) -> Any:
         if kind.startswith(f"{name}/")
     }
     return own[""] if set(own) == {""} else own
+
+
+def prompt_of(labels: Int[Tensor, "batch seq"]) -> Int[Tensor, "batch seq"]:
+    """1 for the tokens before the first label, which are the prompt of `reads="prompt"`."""
+    return ((labels != IGNORED).cumsum(-1) == 0).long()
 
 
 class Scoped(Generic[T]):
@@ -163,6 +174,11 @@ def find_pass(key: str, running: str) -> ForwardPass | None:
 
 def write_hook(module: nn.Module, args: Any, output: Any, *, key: str, layer: int) -> Any:
     """After an anchor layer: add what the bridges read."""
+    recording = find_pass(key, RECORDING)
+    if recording is not None:
+        recording.states["anchor", layer] = hidden_states_of(output, type(module).__name__)
+        several = isinstance(output, (tuple, list))
+        recording.layer_output = type(output), len(output) if several else 0
     forward_pass = find_pass(key, "anchor")
     if forward_pass is None:
         return None

@@ -17,6 +17,7 @@ from graftlm.checkpoint import read_config
 from graftlm.collation import padding_collator
 from graftlm.config import ComposedConfig
 from graftlm.reading import IdentityReader, Reader, TextReader
+from graftlm.states_cache import pad_states
 
 FOLDER = "tokenizer_"  # in a checkpoint: one folder for each augmenting tokenizer
 
@@ -194,17 +195,21 @@ class ComposedDataCollator:
         self.pad = padding_collator(processor.tokenizer)
 
     def __call__(self, features: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-        """Pad examples of `input_ids`, `labels` and perhaps `read_ids` on the right.
+        """Pad examples of `input_ids`, `labels` and perhaps others on the right.
+
+        Args:
+            features: Perhaps with `read_ids`, and with the `frozen_states` of a `StatesCache`.
 
         Returns:
             Tensors for `ComposedForCausalLM.forward`: `input_ids`, `attention_mask`, `labels`
-            (-100 for padding), and `augmenting_inputs` where tokenizers differ.
+            (-100 for padding), `augmenting_inputs` where tokenizers differ, and `frozen_states`.
 
         Raises:
             ValueError: If an example has another number of `read_ids` than of `input_ids`.
         """
         rows = [dict(feature) for feature in features]
         read_ids = [row.pop("read_ids", None) for row in rows]
+        states = [row.pop("frozen_states") for row in rows if "frozen_states" in row]
         batch: dict[str, Any] = dict(self.pad(rows))
         if any(ids is not None for ids in read_ids):
             for number, (row, ids) in enumerate(zip(rows, read_ids, strict=True)):
@@ -217,7 +222,13 @@ class ComposedDataCollator:
             batch["read_ids"] = torch.nn.utils.rnn.pad_sequence(
                 [torch.as_tensor(ids) for ids in read_ids], batch_first=True
             )
-        return self.processor.with_augmenting_inputs(batch)
+        batch = self.processor.with_augmenting_inputs(batch)
+        if states:
+            # Parts that share the anchor's tokens are as long as they.
+            parts = {name.rpartition(".")[0] for name in states[0]} - set(self.processor.readers)
+            lengths = dict.fromkeys(parts, batch["input_ids"].shape[1])
+            batch["frozen_states"] = pad_states(states, lengths)
+        return batch
 
 
 AutoProcessor.register(ComposedConfig, ComposedProcessor, exist_ok=True)

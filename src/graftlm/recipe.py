@@ -59,6 +59,9 @@ class Recipe:
         device_map: As in transformers, for the frozen models.
         trust_remote_code: Run code that comes with the models.
         tokenizer: Path or hub id of the tokenizer; by default the anchor's.
+        states_cache: Folder for the hidden states of the frozen models: they are computed once,
+            and training reads them from there.
+        states_dtype: Their precision there; "auto" is that of the models.
         training: Fields of `transformers.TrainingArguments`, over `graftlm.training.DEFAULTS`.
     """
 
@@ -87,13 +90,15 @@ class Recipe:
     device_map: str | Mapping[str, Any] | None = None
     trust_remote_code: bool = False
     tokenizer: str | None = None
+    states_cache: str | None = None
+    states_dtype: str = "auto"
     training: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for name in (f.name for f in fields(self) if f.name not in ("connections", "training")):
             check_type(name, getattr(self, name), hints[name])
-        for name in ("output_dir", "data", "eval_data"):
+        for name in ("output_dir", "data", "eval_data", "states_cache"):
             if (path := getattr(self, name)) is not None:  # the dataclass is frozen
                 object.__setattr__(self, name, os.path.expanduser(path))
         if self.connections is not None:
@@ -104,6 +109,7 @@ class Recipe:
         check_choice("alignment", self.alignment, ("auto", *get_args(AlignmentRule)))
         check_choice("distance_unit", self.distance_unit, get_args(DistanceUnit))
         check_choice("dtype", self.dtype, ("auto", *DTYPES))
+        check_choice("states_dtype", self.states_dtype, ("auto", *DTYPES))
         check_choice("bridge_dtype", self.bridge_dtype, DTYPES)
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"max_length is {self.max_length}, but must be at least 2 tokens")

@@ -29,6 +29,7 @@ from transformers import (
 
 from graftlm import gguf
 from graftlm._version import __version__
+from graftlm.caching import cache_states
 from graftlm.causal_lm import ComposedForCausalLM
 from graftlm.config import ComposedConfig, spaced_connections
 from graftlm.data import Examples, load_examples
@@ -99,11 +100,12 @@ class Training:
             console: Where to show progress; by default nowhere.
         """
         interruption = Interruption()
+        trained_on, evaluated_on = self.with_states(console)
         trainer = Trainer(
             model=self.model,
             args=self.arguments,
-            train_dataset=self.examples.dataset,
-            eval_dataset=self.evaluation.dataset if self.evaluation else None,
+            train_dataset=trained_on,
+            eval_dataset=evaluated_on,
             data_collator=ComposedDataCollator(self.processor),
             processing_class=self.tokenizer,
             callbacks=[interruption],
@@ -128,6 +130,43 @@ class Training:
         if trainer.is_world_process_zero():
             self.record({"state": "finished", "step": step, "metrics": metrics})
         return Outcome(folder=self.recipe.output_dir, step=step, metrics=metrics)
+
+    def with_states(self, console: Console | None = None) -> tuple[Any, Any]:
+        """The data to train and to evaluate on, with hidden states if the recipe keeps them.
+
+        States that are not in the cache yet are computed first.
+
+        Args:
+            console: Where to show progress; by default nowhere.
+        """
+        parts = {"training": self.examples, "evaluation": self.evaluation}
+        data: dict[str, Any] = {
+            name: part.dataset if part else None for name, part in parts.items()
+        }
+        if self.recipe.states_cache is None:
+            return data["training"], data["evaluation"]
+        if self.recipe.device_map is None:
+            model: Any = self.model
+            model.to(self.arguments.device)
+        with self.autocast():
+            for name, dataset in data.items():
+                if dataset is not None:
+                    states = cache_states(
+                        self.model,
+                        dataset,
+                        Path(self.recipe.states_cache, name),
+                        dtype=self.recipe.states_dtype,
+                        batch_size=self.arguments.per_device_train_batch_size,
+                        console=console,
+                    )
+                    data[name] = states.with_states(dataset)
+        return data["training"], data["evaluation"]
+
+    def autocast(self) -> torch.autocast:
+        """The mixed precision that training computes in."""
+        dtype = torch.bfloat16 if self.arguments.bf16 else torch.float16
+        is_mixed = self.arguments.bf16 or self.arguments.fp16
+        return torch.autocast(self.arguments.device.type, dtype, enabled=is_mixed)
 
     def final_metrics(self, trainer: Trainer) -> dict[str, float]:
         """The last losses; evaluates once more unless that was done at this very step."""
@@ -183,6 +222,15 @@ def prepare(recipe: Recipe, *, resume: bool = False) -> Training:
     """
     arguments = training_arguments(recipe)
     checkpoint = starting_point(recipe, resume=resume)
+    return load(recipe, arguments, checkpoint)
+
+
+def load(recipe: Recipe, arguments: TrainingArguments, checkpoint: str | None = None) -> Training:
+    """Read the data and compose the model, wherever the run starts.
+
+    Raises:
+        ValueError: If the recipe contradicts the models or the data.
+    """
     check_layers(recipe)
     tokenizer: Any = AutoTokenizer.from_pretrained(
         gguf.resolve(recipe.tokenizer or recipe.anchor),

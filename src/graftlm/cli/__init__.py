@@ -16,6 +16,7 @@ from graftlm._version import __version__
 
 VERBS = {
     "compose": "compose models into a folder with untrained bridges",
+    "cache": "compute the frozen models' hidden states once, for training",
     "train": "train the bridges, from a YAML recipe or flags",
     "generate": "continue a prompt with a composed model",
     "verify": "prove on your own models that a composition is exact",

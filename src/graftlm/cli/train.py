@@ -20,6 +20,8 @@ RECIPE_FLAGS = (
     "device_map",
     "trust_remote_code",
     *options.BRIDGE_OPTIONS,
+    "states_cache",
+    "states_dtype",
 )
 
 
@@ -36,6 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="continue from the output folder's last checkpoint",
     )
+    add_recipe(parser)
+
+
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """What may be said instead of the recipe, or over it."""
     options.add_models(parser, required=False)
     group = parser.add_argument_group("data")
     group.add_argument(
@@ -52,6 +59,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="no loss on prompts (default: yes)",
     )
     group.add_argument("--tokenizer", metavar="PATH", help="by default the anchor's")
+    group.add_argument(
+        "--states-cache",
+        metavar="FOLDER",
+        help="compute the frozen models' hidden states once, keep them here and train on them",
+    )
+    group.add_argument(
+        "--states-dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="their precision there; by default that of the models",
+    )
     group = parser.add_argument_group("run")
     group.add_argument(
         "--output",
@@ -141,6 +158,7 @@ def run(args: argparse.Namespace) -> int:
     )
     show_memory(console, memory)
     show_data(console, training)
+    show_states(console, training)
     outcome = training.run(console)
     if outcome.stopped_by is not None:
         again = [word for word in args.argv if word != "--resume"]
@@ -169,3 +187,22 @@ def show_data(console: Any, training: Any) -> None:
     )
     if training.checkpoint:
         console.print(f"Resuming from {training.checkpoint}", markup=False, soft_wrap=True)
+
+
+def show_states(console: Any, training: Any) -> None:
+    """What the hidden states of the frozen models take on disk, if they are kept."""
+    folder = training.recipe.states_cache
+    if folder is None:
+        return
+    from graftlm.caching import states_size
+    from graftlm.sizes import readable_bytes
+
+    parts = [part.dataset for part in (training.examples, training.evaluation) if part]
+    sizes = [states_size(training.model, part, training.recipe.states_dtype) for part in parts]
+    about = "" if all(size.is_exact for size in sizes) else "about "
+    num_bytes = sum(size.num_bytes for size in sizes)
+    console.print(
+        f"Hidden states: {about}{readable_bytes(num_bytes)} in {folder}",
+        markup=False,
+        soft_wrap=True,
+    )
