@@ -483,6 +483,7 @@ def test_a_run_on_states_resumes_exactly(
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
+@pytest.mark.slow
 def test_processes_share_the_work(models: tuple[str, str], tmp_path: Path) -> None:
     """Two processes write half of the parts each, and the states are those of one."""
     script = tmp_path / "share.py"
