@@ -479,6 +479,24 @@ def test_options_go_over_the_recipe(
     assert "eval_fraction" not in record
 
 
+def test_cache_computes_once_what_train_reads(
+    models: tuple[str, str], data: str, tmp_path: Path, output: Output
+) -> None:
+    pair = ["--anchor", models[0], "--augmenting", models[1], "--data", data]
+    words = [*pair, "--output", str(tmp_path / "out"), "--every", "2", *QUICK]
+    states = [*words, "--states-cache", str(tmp_path / "states"), "--states-dtype", "bfloat16"]
+    assert "states_cache is not set; name a folder" in output.of("cache", *words, status=2)
+    assert "Hidden states: " in output.of("cache", *states, "--dry-run")
+    assert not (tmp_path / "states").exists()
+    assert "graftlm train reads them with the same recipe" in output.of("cache", *states)
+    (part,) = (tmp_path / "states" / "training").glob("*.safetensors")
+    before = part.stat().st_mtime_ns
+    assert "2 steps done: " in output.of("train", *states)
+    assert part.stat().st_mtime_ns == before
+    other = [*states, "--states-dtype", "float32"]
+    assert "something else: the precision changed" in output.of("train", *other, status=2)
+
+
 def test_train_resumes(models: tuple[str, str], data: str, tmp_path: Path, output: Output) -> None:
     words = ["train", "--anchor", models[0], "--augmenting", models[1], "--data", data]
     words += ["--output", str(tmp_path / "out"), "--max_steps", "2", "--save_steps", "1"]
