@@ -542,7 +542,7 @@ def test_the_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     arguments = TrainingArguments(
         "out", max_steps=2, report_to="none", remove_unused_columns=False, use_cpu=True
     )
-    names = {"model": model, "examples": examples(), "graftlm": graftlm}
+    names: dict[str, Any] = {"model": model, "examples": examples(), "graftlm": graftlm}
     names["Trainer"] = functools.partial(Trainer, args=arguments)
     exec(compile(block, "docs/training.md", "exec"), names)
     names["trainer"].train()
