@@ -18,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from graftlm import decoder
 from graftlm.alignment import align, packed_segments, readable_keys
 from graftlm.augmenting_tokens import AugmentingTokens, ReadingCache
+from graftlm.bases import role_of
 from graftlm.bridge import Bridge
 from graftlm.cache import ComposedCache, is_empty
 from graftlm.config import ComposedConfig
@@ -74,7 +75,8 @@ class ComposedModel(ComposedPreTrainedModel):
         )
         assert self.bridge_config.num_heads is not None
         self.num_bridge_heads = self.bridge_config.num_heads
-        for base in (anchor, *augmenting.values()):
+        for name, base in {"anchor": anchor, **augmenting}.items():
+            decoder.keep_unpacked(base, role_of(name))
             base.requires_grad_(False).eval()
             for module in base.modules():
                 vars(module)["_is_hf_initialized"] = True  # else post_init draws new weights

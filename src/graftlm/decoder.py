@@ -7,6 +7,7 @@ signature of its `forward` says what it takes.
 import copy
 import functools
 import inspect
+import math
 import sys
 from typing import Any
 
@@ -369,10 +370,58 @@ def with_hidden_states(output: Any, hidden_states: Tensor) -> Any:
     return hidden_states
 
 
+def quantization_of(model: PreTrainedModel) -> str | None:
+    """How the weights are packed, in words; None for plain ones."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None:
+        return None
+    config = quantizer.quantization_config
+    method = str(getattr(config.quant_method, "value", config.quant_method))
+    if method == "bitsandbytes":
+        return (
+            f"{method} 8-bit" if config.load_in_8bit else f"{method} {config.bnb_4bit_quant_type}"
+        )
+    kind = getattr(config, "quant_type", None)  # torchao's is an object
+    return method if kind is None else f"{method} {type(kind).__name__}"
+
+
 def holds_plain_weights(model: PreTrainedModel) -> bool:
     """Whether the weights are in memory as they were saved, neither packed nor offloaded."""
-    is_quantized = getattr(model, "hf_quantizer", None) is not None
-    return not is_quantized and not any(p.is_meta for p in model.parameters())
+    return quantization_of(model) is None and not any(p.is_meta for p in model.parameters())
+
+
+def keep_unpacked(model: PreTrainedModel, role: str) -> None:
+    """Stop bitsandbytes from packing 4-bit weights anew when they first run on some CPUs.
+
+    Through weights in that layout no gradient passes, without an error, and gathering a state
+    dict changes them (bitsandbytes 0.50, `Linear4bit.forward`). Nothing else depends on it.
+
+    Args:
+        model: The model.
+        role: How the message names it.
+
+    Raises:
+        ValueError: If it was run before, and its weights are in that layout already.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", None) is None:
+            continue
+        weight: Any = module.weight
+        if getattr(weight.quant_state, "packing_format_for_cpu", False):
+            raise ValueError(
+                f"{role} ran on the CPU before it was composed, where bitsandbytes packed its "
+                "4-bit weights for inference only; load it again and compose it before it runs"
+            )
+        vars(module)["support_avx512bf16_for_cpu"] = False
+
+
+def num_parameters(model: nn.Module) -> int:
+    """How many there are, packed ones as many as they stand for; tied ones count once."""
+    return sum(
+        parameter.numel() if state is None else math.prod(state.shape)
+        for parameter in model.parameters()
+        for state in [getattr(parameter, "quant_state", None)]
+    )
 
 
 def trainable_adapters(model: PreTrainedModel) -> list[nn.Module]:
