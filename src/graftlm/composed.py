@@ -41,6 +41,14 @@ class ComposedPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: bridges draw their own weights, and the bases come with theirs."""
 
+    def init_weights(self) -> None:
+        """Nothing, for the same reason; tying a base's weights anew would undo a device map."""
+
+    @property
+    def device(self) -> torch.device:  # pyrefly: ignore[bad-override]
+        """Where `input_ids` go; offloaded weights are nowhere between two passes."""
+        return decoder.device_of(self.get_input_embeddings())
+
     def get_input_embeddings(self) -> nn.Module:
         """The anchor's."""
         anchor: Any = self.anchor
@@ -296,7 +304,7 @@ class ComposedModel(ComposedPreTrainedModel):
         view = self.running_view(name)
         forward_pass.running = name
         with forward_pass, torch.no_grad():
-            view(**move_to_device(arguments, view.device))
+            view(**move_to_device(arguments, decoder.device_of(view.get_input_embeddings())))
         if view.dtype == torch.float16 and not torch.compiler.is_compiling():
             check_finite(forward_pass, name)
 

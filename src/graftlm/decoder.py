@@ -9,6 +9,7 @@ import functools
 import inspect
 import math
 import sys
+import types
 from typing import Any
 
 import torch
@@ -159,10 +160,11 @@ def shorten(model: PreTrainedModel, length: int) -> PreTrainedModel:
             if "attention" in kind and "linear" not in kind
         )
         length = max(length, first + 1)
-    # accelerate's hooks bind `forward` to the original module, so a view would not be run.
-    if length >= len(layers) or "forward" in vars(decoder):
+    if length >= len(layers) or not can_be_viewed(decoder):
         return decoder
     view = copy.copy(decoder)
+    if "forward" in vars(decoder):
+        rebind_hooks(view)
     view._modules = dict(decoder._modules)
     setattr(view, name, nn.ModuleList(layers[:length]))
     view.config = copy.deepcopy(decoder.config)
@@ -172,6 +174,29 @@ def shorten(model: PreTrainedModel, length: int) -> PreTrainedModel:
         if values is not None:
             setattr(view.config, per_layer, values[:length])
     return view
+
+
+def can_be_viewed(decoder: PreTrainedModel) -> bool:
+    """Whether a copy of this object would run itself: its `forward` is its class's own.
+
+    accelerate puts its hook around that one. Whatever else is bound to the object runs the object.
+    """
+    own = vars(decoder)
+    if "forward" not in own:
+        return True
+    inner = getattr(own.get("_old_forward"), "__func__", None)
+    return "_hf_hook" in own and inner is type(decoder).forward
+
+
+def rebind_hooks(view: PreTrainedModel) -> None:
+    """Let accelerate's hook run the copy it is on now, not the object it was made for.
+
+    The hook itself is shared, and so are the modules below with hooks of their own.
+    """
+    around: Any = vars(view)["forward"]  # functools.partial(accelerate's wrapper, the original)
+    inner = types.MethodType(type(view).forward, view)
+    vars(view)["_old_forward"] = inner
+    vars(view)["forward"] = functools.update_wrapper(functools.partial(around.func, view), inner)
 
 
 signature_of = functools.cache(inspect.signature)
@@ -432,13 +457,15 @@ def trainable_adapters(model: PreTrainedModel) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, peft.BaseTunerLayer)]
 
 
-def device_of(layer: nn.Module) -> torch.device:
-    """Where a layer computes: where accelerate runs it, or else where its first parameter is."""
-    hook = getattr(layer, "_hf_hook", None)
-    execution_device = getattr(hook, "execution_device", None)
-    if execution_device is not None:
-        return torch.device(execution_device)
-    return next(layer.parameters()).device
+def device_of(part: nn.Module) -> torch.device:
+    """Where a part computes: where accelerate runs it, or else where its first parameter is."""
+    for module in part.modules():  # the part itself first; its hook may be that of its parts only
+        hook = getattr(module, "_hf_hook", None)
+        for single in getattr(hook, "hooks", [hook]):
+            device = getattr(single, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    return next(part.parameters()).device
 
 
 def device_map_of(parts: dict[str, PreTrainedModel]) -> dict[str, Any] | None:
