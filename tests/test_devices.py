@@ -36,8 +36,8 @@ def dispatched(model: Any, kind: str, folder: Any) -> Any:
     if kind == "disk offload":
         return disk_offload(model, str(folder), execution_device=CPU)
     body, *others = (name for name, _ in model.named_children())
-    places = {body: "disk", **dict.fromkeys(others, "cpu")}
-    return dispatch_model(model, places, main_device="cpu", offload_dir=folder, force_hooks=True)
+    places: dict[str, Any] = {body: "disk", **dict.fromkeys(others, "cpu")}
+    return dispatch_model(model, places, main_device=CPU, offload_dir=folder, force_hooks=True)
 
 
 def pair(kind: str, folder: Any, anchor: str = "llama", augmenting: str = "gpt2") -> Any:
@@ -197,7 +197,8 @@ def test_an_anchor_split_between_gpu_and_cpu(tmp_path):
     plain = open_bridges(compose(tiny_llama(), {"code": tiny("gpt2", 1)}, every=1, num_heads=5))
     places: dict[str, Any] = {f"model.layers.{i}": 0 if i < 2 else "cpu" for i in range(4)}
     places |= {"model.embed_tokens": 0, "model.norm": "cpu", "model.rotary_emb": 0, "lm_head": 0}
-    anchor = dispatch_model(tiny_llama(), places, main_device=0, offload_dir=tmp_path)
+    first = torch.device("cuda", 0)
+    anchor: Any = dispatch_model(tiny_llama(), places, main_device=first, offload_dir=tmp_path)
     model = compose(anchor, {"code": tiny("gpt2", 1).to("cuda")}, every=1, num_heads=5)
     model.bridges.load_state_dict(plain.bridges.state_dict())
     batch = left_padded([9, 5])

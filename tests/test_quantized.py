@@ -65,12 +65,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def composed(folders: Path, scheme: Any, **options: Any) -> ComposedForCausalLM:
     """A fresh composition of quantized models; the same each time."""
     torch.manual_seed(13)
-    return compose(
-        folders / "anchor",
-        {"code": folders / "code"},
-        quantization_config=scheme,
-        **{"every": 1, "num_heads": 2} | options,
-    )
+    defaults: dict[str, Any] = {"every": 1, "num_heads": 2, "quantization_config": scheme}
+    return compose(folders / "anchor", {"code": folders / "code"}, **defaults | options)
 
 
 def gradients(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -121,6 +117,25 @@ def test_a_composition_of_quantized_models(scheme, dtype, folders):
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         assert torch.equal(tensor, after[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_quantized_compositions_keep_every_claim(scheme, dtype, folders):
+    """Causality too: 8 bits with bitsandbytes' own threshold let a token change earlier logits."""
+    anchor = tiny("llama", 1, **ANCHOR)
+    with torch.no_grad():  # channels that some tokens drive beyond the threshold of 6
+        anchor.model.layers[1].input_layernorm.weight.fill_(2.2)
+    anchor.save_pretrained(folders / "loud")
+    torch.manual_seed(13)
+    options: dict[str, Any] = {"dtype": dtype, "every": 1, "num_heads": 2}
+    model = compose(
+        folders / "loud", {"code": folders / "code"}, quantization_config=scheme, **options
+    )
+    checks = verify(open_bridges(model))
+    assert [check for check in checks if not check.passed] == []
+    causal = {check.claim: check.measured for check in checks}["no look into the future"]
+    assert causal == 0.0
 
 
 @pytest.mark.parametrize("bridge_dtype", [torch.float32, torch.bfloat16])
@@ -279,6 +294,7 @@ def test_packed_parameters_are_counted_as_what_they_stand_for(folders, tmp_path)
     for name in ("anchor", "code"):
         assert packed[name].num_parameters == plain[name].num_parameters
         assert packed[name].num_bytes < plain[name].num_bytes / 2
+    assert part_sizes(composed(folders, "int8wo"))["code"].num_bytes < plain["code"].num_bytes / 2
 
 
 # ---- what the user says ------------------------------------------------------------------

@@ -410,9 +410,33 @@ def quantization_of(model: PreTrainedModel) -> str | None:
     return method if kind is None else f"{method} {type(kind).__name__}"
 
 
+def computing_dtype(model: PreTrainedModel) -> torch.dtype:
+    """The precision of its products, which for packed weights is not that of the model."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    config: Any = getattr(quantizer, "quantization_config", None)
+    if getattr(config, "load_in_8bit", False):
+        return torch.float16  # all that bitsandbytes has
+    if getattr(config, "load_in_4bit", False):
+        return config.bnb_4bit_compute_dtype
+    return model.dtype
+
+
 def holds_plain_weights(model: PreTrainedModel) -> bool:
     """Whether the weights are in memory as they were saved, neither packed nor offloaded."""
     return quantization_of(model) is None and not any(p.is_meta for p in model.parameters())
+
+
+def num_bytes(module: nn.Module) -> int:
+    """What the parameters take; torchao's are tensors around others, whose type is not theirs."""
+    return sum(
+        inner.numel() * inner.element_size()
+        for parameter in module.parameters()
+        for inner in (
+            [getattr(parameter, name) for name in parameter.__tensor_flatten__()[0]]
+            if hasattr(parameter, "__tensor_flatten__")
+            else [parameter]
+        )
+    )
 
 
 def keep_unpacked(model: PreTrainedModel, role: str) -> None:

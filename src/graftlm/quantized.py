@@ -61,7 +61,8 @@ def configuration(given: Any) -> Any:
         )
     require(SCHEMES[given])
     if given == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        # Its default of 6 treats channels by the largest value in the batch: not causal at all.
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
     if given == "4bit":
         return BitsAndBytesConfig(
             load_in_4bit=True,

@@ -40,7 +40,7 @@ class Size:
         return cls(
             num_parameters=decoder.num_parameters(module),
             num_trainable=sum(p.numel() for p in parameters if p.requires_grad),
-            num_bytes=sum(p.numel() * p.element_size() for p in parameters),
+            num_bytes=decoder.num_bytes(module),
         )
 
 
