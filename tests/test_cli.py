@@ -163,6 +163,38 @@ def test_verbose_leaves_the_logs_alone(opened: str, output: Output) -> None:
     assert logging.get_verbosity() == logging.ERROR
 
 
+@pytest.mark.filterwarnings("default:the anchor is in float32 here:UserWarning")
+def test_quantized_models(
+    models: tuple[str, str], tmp_path: Path, data: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The composition says how it was made; loaded otherwise, a warning says how."""
+    out, run = str(tmp_path / "out"), str(tmp_path / "run")
+    pair = ["--anchor", models[0], "--augmenting", f"code={models[1]}"]
+    assert main(["compose", *pair, "--quantize", "anchor=int8wo", "--output", out]) == 0
+    entry = json.loads(Path(out, "config.json").read_text())["bases"]
+    assert entry["anchor"]["fingerprint"]["quantization"] == "torchao Int8WeightOnlyConfig"
+    assert entry["code"]["fingerprint"]["quantization"] is None
+    assert main(["inspect", out]) == 0
+    assert "warning" not in capsys.readouterr().err
+    assert main(["generate", out, "1+", "--max-new-tokens", "2"]) == 0
+    said = capsys.readouterr().err
+    assert "warning: the anchor is in float32 here, but the bridges were trained on torchao" in said
+    again = ["--quantize", "anchor=int8wo"]
+    assert main(["generate", out, "1+", "--max-new-tokens", "2", *again]) == 0
+    assert "warning" not in capsys.readouterr().err
+    assert (
+        main(["train", *pair, "--data", data, "--output", run, "--quantize", "8bit", *QUICK]) == 0
+    )
+    entry = json.loads(Path(run, "config.json").read_text())["bases"]
+    assert {one["fingerprint"]["quantization"] for one in entry.values()} == {"bitsandbytes 8-bit"}
+    capsys.readouterr()
+    wrong = [*pair, "--output", run, "--quantize", "a=4bit", "--quantize"]
+    assert main(["compose", *wrong, "8bit"]) == 2
+    assert "--quantize '8bit' has no name; several need NAME=SCHEME" in capsys.readouterr().err
+    assert main(["compose", *wrong, "code=4bit"]) == 2
+    assert "quantization of 'a', which is neither a field" in capsys.readouterr().err
+
+
 def test_the_help_page_is_up_to_date() -> None:
     expected = (REPOSITORY / "docs" / "cli.md").read_text(encoding="utf-8")
     assert page() == expected, "run: python -m graftlm.cli.help > docs/cli.md"

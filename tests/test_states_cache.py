@@ -322,13 +322,24 @@ def test_states_that_do_not_fit_the_batch(small: Any) -> None:
         small.model(**batch, frozen_states=given, output_hidden_states=True)
 
 
-def test_an_anchor_that_accelerate_spreads(small: Any) -> None:
+def test_an_anchor_whose_forward_was_replaced(small: Any) -> None:
+    states = cache_states(small.model, small.rows, small.folder)
+    small.model.anchor.forward = functools.partial(small.model.anchor.forward)
+    with pytest.raises(ValueError, match="with this LlamaForCausalLM, whose forward has been repl"):
+        small.model(**batch_of(small.rows, states, [0, 1]))
+
+
+def test_models_that_accelerate_offloads(small: Any) -> None:
     from accelerate import cpu_offload
 
-    states = cache_states(small.model, small.rows, small.folder)
-    cpu_offload(small.model.anchor)
-    with pytest.raises(ValueError, match="cannot be used with an anchor that accelerate spreads"):
-        small.model(**batch_of(small.rows, states, [0, 1]))
+    states = cache_states(open_bridges(small.model), small.rows, small.folder)
+    batch = batch_of(small.rows, states, [0, 1])
+    loss = small.model(**batch).loss
+    for base in (small.model.anchor, *small.model.augmenting.values()):
+        cpu_offload(base)
+    torch.testing.assert_close(small.model(**batch).loss, loss)
+    again = cache_states(small.model, small.rows, small.folder.with_name("again"))
+    assert torch.equal(again[1]["anchor.0"], states[1]["anchor.0"])
 
 
 # ---- stopped, full, damaged --------------------------------------------------------------

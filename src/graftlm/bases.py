@@ -39,6 +39,11 @@ VOLATILE = {
 }
 
 
+def role_of(name: str) -> str:
+    """How messages name one part of a composition."""
+    return "the anchor" if name == "anchor" else f"augmenting model {name!r}"
+
+
 def load_base(base: Base, role: str, **options: Any) -> PreTrainedModel:
     """A loaded model, checked to be a decoder we can compose.
 
@@ -50,7 +55,8 @@ def load_base(base: Base, role: str, **options: Any) -> PreTrainedModel:
 
     Raises:
         UnsupportedModelError: If it is not such a decoder.
-        ValueError: If `base` looks like a path but nothing is there.
+        ValueError: If `base` looks like a path but nothing is there, or is a loaded model that
+            should be quantized.
     """
     if isinstance(base, (str, os.PathLike)):
         path = os.fspath(base)
@@ -61,6 +67,11 @@ def load_base(base: Base, role: str, **options: Any) -> PreTrainedModel:
         base = AutoModelForCausalLM.from_pretrained(folder, **given)
         if folder != path:  # so that it is found again when the converted copy is gone
             base.config.name_or_path = os.path.abspath(path)
+    elif options.get("quantization_config") is not None:
+        raise ValueError(
+            f"{role} is loaded already, so quantization_config comes too late for it; quantize it "
+            "when loading it, or name the models to quantize, as in {'anchor': '4bit'}"
+        )
     decoder.check_decoder(base, role)
     return base
 
@@ -108,9 +119,10 @@ def fingerprint(
         tokenizer: Its tokenizer; by default the one beside it.
 
     Returns:
-        `dtype`; `weights`, over the bytes as they are; `weights_bfloat16`, over the weights
-        rounded to bfloat16, so that a model can be known again in another precision (both None
-        for packed or offloaded weights); `tokenizer`, None if there is none beside the model.
+        `dtype`; `quantization`, how the weights are packed, or None; `weights`, over the bytes as
+        they are; `weights_bfloat16`, over the weights rounded to bfloat16, so that a model can be
+        known again in another precision (both None for packed or offloaded weights); `tokenizer`,
+        None if there is none beside the model.
     """
     tokenizer = tokenizer or find_tokenizer(model.config.name_or_path)
     exact = rounded = None
@@ -119,6 +131,7 @@ def fingerprint(
         rounded = weights_hash(model, with_head=with_head, dtype=torch.bfloat16)
     return {
         "dtype": str(model.dtype).removeprefix("torch."),
+        "quantization": decoder.quantization_of(model),
         "weights": exact,
         "weights_bfloat16": rounded,
         "tokenizer": tokenizer_fingerprint(tokenizer) if tokenizer else None,
@@ -171,6 +184,8 @@ def check_base(
 ) -> None:
     """Refuse a base model that is not the one a checkpoint was made for.
 
+    Weights that are packed, here or there, cannot be compared; packed otherwise is a warning.
+
     Args:
         model: The base model.
         role: How the message names it.
@@ -197,14 +212,20 @@ def check_base(
             f"{role} is not the model this checkpoint was made for: its tokenizer at "
             f"{model.config.name_or_path!r} differs"
         )
+    here, there = decoder.quantization_of(model), known.get("quantization")
+    if here != there and (there or known.get("weights")):
+        dtype = str(model.dtype).removeprefix("torch.")
+        warnings.warn(
+            f"{role} is in {here or dtype} here, but the bridges were trained on "
+            f"{there or known['dtype']} weights; the two were not compared, and results may "
+            "differ a little",
+            stacklevel=3,
+        )
+        return
     if known.get("weights") is None:
         return
     if not decoder.holds_plain_weights(model):
-        warnings.warn(
-            f"{role} is quantized or offloaded, but this checkpoint was made for "
-            f"{known['dtype']} weights; they were not compared, and results may differ a little",
-            stacklevel=3,
-        )
+        warnings.warn(f"{role} is offloaded, so its weights were not compared", stacklevel=3)
         return
     kind, dtype = comparable(model, known)
     found = weights_hash(model, with_head=with_head, dtype=dtype)

@@ -148,7 +148,7 @@ def made_for(model: "ComposedForCausalLM", examples: Any, dtype: str) -> dict[st
         facts[role] = hash_of(facts_of_base)
     facts["the connected layers"] = connected_layers(model.model)
     facts["what is read"] = model.config.reads
-    facts["the precision"] = [dtype, autocast_dtype(model.anchor.device)]
+    facts["the precision"] = [dtype, autocast_dtype(model.device)]
     return json.loads(json.dumps(facts))
 
 

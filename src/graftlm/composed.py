@@ -18,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from graftlm import decoder
 from graftlm.alignment import align, packed_segments, readable_keys
 from graftlm.augmenting_tokens import AugmentingTokens, ReadingCache
+from graftlm.bases import role_of
 from graftlm.bridge import Bridge
 from graftlm.cache import ComposedCache, is_empty
 from graftlm.config import ComposedConfig
@@ -40,6 +41,14 @@ class ComposedPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: bridges draw their own weights, and the bases come with theirs."""
+
+    def init_weights(self) -> None:
+        """Nothing, for the same reason; tying a base's weights anew would undo a device map."""
+
+    @property
+    def device(self) -> torch.device:  # pyrefly: ignore[bad-override]
+        """Where `input_ids` go; offloaded weights are nowhere between two passes."""
+        return decoder.device_of(self.get_input_embeddings())
 
     def get_input_embeddings(self) -> nn.Module:
         """The anchor's."""
@@ -75,7 +84,8 @@ class ComposedModel(ComposedPreTrainedModel):
         )
         assert self.bridge_config.num_heads is not None
         self.num_bridge_heads = self.bridge_config.num_heads
-        for base in (anchor, *augmenting.values()):
+        for name, base in {"anchor": anchor, **augmenting}.items():
+            decoder.keep_unpacked(base, role_of(name))
             base.requires_grad_(False).eval()
             for module in base.modules():
                 vars(module)["_is_hf_initialized"] = True  # else post_init draws new weights
@@ -302,7 +312,7 @@ class ComposedModel(ComposedPreTrainedModel):
         view = self.running_view(name)
         forward_pass.running = name
         with forward_pass, torch.no_grad():
-            view(**move_to_device(arguments, view.device))
+            view(**move_to_device(arguments, decoder.device_of(view.get_input_embeddings())))
         if view.dtype == torch.float16 and not torch.compiler.is_compiling():
             check_finite(forward_pass, name)
 

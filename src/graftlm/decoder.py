@@ -7,7 +7,9 @@ signature of its `forward` says what it takes.
 import copy
 import functools
 import inspect
+import math
 import sys
+import types
 from typing import Any
 
 import torch
@@ -158,11 +160,9 @@ def shorten(model: PreTrainedModel, length: int) -> PreTrainedModel:
             if "attention" in kind and "linear" not in kind
         )
         length = max(length, first + 1)
-    # accelerate's hooks bind `forward` to the original module, so a view would not be run.
-    if length >= len(layers) or "forward" in vars(decoder):
+    if length >= len(layers) or not can_be_viewed(decoder):
         return decoder
-    view = copy.copy(decoder)
-    view._modules = dict(decoder._modules)
+    view = view_of(decoder)
     setattr(view, name, nn.ModuleList(layers[:length]))
     view.config = copy.deepcopy(decoder.config)
     if getattr(config, "hidden_size_per_layer_input", 0):
@@ -173,6 +173,38 @@ def shorten(model: PreTrainedModel, length: int) -> PreTrainedModel:
         if values is not None:
             setattr(view.config, per_layer, values[:length])
     return view
+
+
+def view_of(module: Any) -> Any:
+    """A copy of one object over the same parts, which can be replaced in the copy alone."""
+    view = copy.copy(module)
+    if "forward" in vars(module):
+        rebind_hooks(view)
+    view._modules = dict(module._modules)
+    return view
+
+
+def can_be_viewed(decoder: PreTrainedModel) -> bool:
+    """Whether a copy of this object would run itself: its `forward` is its class's own.
+
+    accelerate puts its hook around that one. Whatever else is bound to the object runs the object.
+    """
+    own = vars(decoder)
+    if "forward" not in own:
+        return True
+    inner = getattr(own.get("_old_forward"), "__func__", None)
+    return "_hf_hook" in own and inner is type(decoder).forward
+
+
+def rebind_hooks(view: PreTrainedModel) -> None:
+    """Let accelerate's hook run the copy it is on now, not the object it was made for.
+
+    The hook itself is shared, and so are the modules below with hooks of their own.
+    """
+    around: Any = vars(view)["forward"]  # functools.partial(accelerate's wrapper, the original)
+    inner = types.MethodType(type(view).forward, view)
+    vars(view)["_old_forward"] = inner
+    vars(view)["forward"] = functools.update_wrapper(functools.partial(around.func, view), inner)
 
 
 signature_of = functools.cache(inspect.signature)
@@ -371,10 +403,82 @@ def with_hidden_states(output: Any, hidden_states: Tensor) -> Any:
     return hidden_states
 
 
+def quantization_of(model: PreTrainedModel) -> str | None:
+    """How the weights are packed, in words; None for plain ones."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None:
+        return None
+    config = quantizer.quantization_config
+    method = str(getattr(config.quant_method, "value", config.quant_method))
+    if method == "bitsandbytes":
+        return (
+            f"{method} 8-bit" if config.load_in_8bit else f"{method} {config.bnb_4bit_quant_type}"
+        )
+    kind = getattr(config, "quant_type", None)  # torchao's is an object
+    return method if kind is None else f"{method} {type(kind).__name__}"
+
+
+def computing_dtype(model: PreTrainedModel) -> torch.dtype:
+    """The precision of its products, which for packed weights is not that of the model."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    config: Any = getattr(quantizer, "quantization_config", None)
+    if getattr(config, "load_in_8bit", False):
+        return torch.float16  # all that bitsandbytes has
+    if getattr(config, "load_in_4bit", False):
+        return config.bnb_4bit_compute_dtype
+    return model.dtype
+
+
 def holds_plain_weights(model: PreTrainedModel) -> bool:
     """Whether the weights are in memory as they were saved, neither packed nor offloaded."""
-    is_quantized = getattr(model, "hf_quantizer", None) is not None
-    return not is_quantized and not any(p.is_meta for p in model.parameters())
+    return quantization_of(model) is None and not any(p.is_meta for p in model.parameters())
+
+
+def num_bytes(module: nn.Module) -> int:
+    """What the parameters take; torchao's are tensors around others, whose type is not theirs."""
+    return sum(
+        inner.numel() * inner.element_size()
+        for parameter in module.parameters()
+        for inner in (
+            [getattr(parameter, name) for name in parameter.__tensor_flatten__()[0]]
+            if hasattr(parameter, "__tensor_flatten__")
+            else [parameter]
+        )
+    )
+
+
+def keep_unpacked(model: PreTrainedModel, role: str) -> None:
+    """Stop bitsandbytes from packing 4-bit weights anew when they first run on some CPUs.
+
+    Through weights in that layout no gradient passes, without an error, and gathering a state
+    dict changes them (bitsandbytes 0.50, `Linear4bit.forward`). Nothing else depends on it.
+
+    Args:
+        model: The model.
+        role: How the message names it.
+
+    Raises:
+        ValueError: If it was run before, and its weights are in that layout already.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", None) is None:
+            continue
+        weight: Any = module.weight
+        if getattr(weight.quant_state, "packing_format_for_cpu", False):
+            raise ValueError(
+                f"{role} ran on the CPU before it was composed, where bitsandbytes packed its "
+                "4-bit weights for inference only; load it again and compose it before it runs"
+            )
+        vars(module)["support_avx512bf16_for_cpu"] = False
+
+
+def num_parameters(model: nn.Module) -> int:
+    """How many there are, packed ones as many as they stand for; tied ones count once."""
+    return sum(
+        parameter.numel() if state is None else math.prod(state.shape)
+        for parameter in model.parameters()
+        for state in [getattr(parameter, "quant_state", None)]
+    )
 
 
 def trainable_adapters(model: PreTrainedModel) -> list[nn.Module]:
@@ -385,13 +489,15 @@ def trainable_adapters(model: PreTrainedModel) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, peft.BaseTunerLayer)]
 
 
-def device_of(layer: nn.Module) -> torch.device:
-    """Where a layer computes: where accelerate runs it, or else where its first parameter is."""
-    hook = getattr(layer, "_hf_hook", None)
-    execution_device = getattr(hook, "execution_device", None)
-    if execution_device is not None:
-        return torch.device(execution_device)
-    return next(layer.parameters()).device
+def device_of(part: nn.Module) -> torch.device:
+    """Where a part computes: where accelerate runs it, or else where its first parameter is."""
+    for module in part.modules():  # the part itself first; its hook may be that of its parts only
+        hook = getattr(module, "_hf_hook", None)
+        for single in getattr(hook, "hooks", [hook]):
+            device = getattr(single, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    return next(part.parameters()).device
 
 
 def device_map_of(parts: dict[str, PreTrainedModel]) -> dict[str, Any] | None:

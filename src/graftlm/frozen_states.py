@@ -7,7 +7,6 @@ Given them, a pass runs neither the augmenting models nor the anchor's layers be
 They are named "anchor.J" and "NAME.I": the part and the layer they come out of.
 """
 
-import copy
 import operator
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -80,7 +79,7 @@ def entering_view(model: "ComposedModel", part: PreTrainedModel) -> PreTrainedMo
     The anchor itself is not changed.
 
     Raises:
-        ValueError: If accelerate has bound the anchor's `forward` to the anchor itself.
+        ValueError: If somebody has bound another `forward` to the anchor.
     """
     trunk = decoder.trunk(part)
     path = next(name for name, module in part.named_modules() if module is trunk)
@@ -89,10 +88,10 @@ def entering_view(model: "ComposedModel", part: PreTrainedModel) -> PreTrainedMo
     is_same = len(known) == len(parts) and all(map(operator.is_, known, parts))
     if view is not None and is_same:
         return view
-    if "forward" in vars(part) or "forward" in vars(trunk):
+    if not (decoder.can_be_viewed(part) and decoder.can_be_viewed(trunk)):
         raise ValueError(
-            "frozen_states cannot be used with an anchor that accelerate spreads or offloads; "
-            "load it without device_map"
+            f"frozen_states cannot be used with this {type(part).__name__}, whose forward has been "
+            "replaced; use the model as transformers loads it"
         )
     (first,) = connected_layers(model)["anchor"]
     layers = list(decoder.layer_list(part))
@@ -100,7 +99,7 @@ def entering_view(model: "ComposedModel", part: PreTrainedModel) -> PreTrainedMo
         FrozenLayer(layer, model, index if index == first else None)
         for index, layer in enumerate(layers[: first + 1])
     ]
-    shortcut = shallow_copy(trunk)
+    shortcut = decoder.view_of(trunk)
     setattr(
         shortcut, decoder.layer_list_name(part), nn.ModuleList([*stand_ins, *layers[first + 1 :]])
     )
@@ -136,22 +135,15 @@ def record_anchor(
     was_training = model.training
     model.train(False)  # else layers would be checkpointed, for a backward pass that never comes
     with forward_pass, torch.no_grad():
-        view(input_ids=input_ids.to(view.device), **arguments)
+        view(input_ids=input_ids.to(model.device), **arguments)
     model.train(was_training)
-
-
-def shallow_copy(module: Any) -> Any:
-    """A module of the same parts, whose parts can be replaced without changing the original."""
-    view = copy.copy(module)
-    view._modules = dict(module._modules)
-    return view
 
 
 def with_submodule(module: Any, path: list[str], replacement: Any) -> Any:
     """A copy of a module in which the one at `path` is replaced."""
     if not path:
         return replacement
-    view = shallow_copy(module)
+    view = decoder.view_of(module)
     setattr(view, path[0], with_submodule(getattr(module, path[0]), path[1:], replacement))
     return view
 

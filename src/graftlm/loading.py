@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from graftlm import decoder
-from graftlm.bases import Base, for_augmenting, load_base, reference
+from graftlm.bases import Base, for_augmenting, load_base, reference, role_of
 from graftlm.causal_lm import ComposedForCausalLM
 from graftlm.config import (
     AlignmentRule,
@@ -22,6 +22,7 @@ from graftlm.config import (
     spaced_connections,
 )
 from graftlm.gguf import resolve as resolve_gguf
+from graftlm.quantized import quantization_for
 from graftlm.tokenization import find_tokenizer, load_tokenizer, tokenizes_alike
 
 
@@ -48,6 +49,7 @@ def compose(
     bridge_dtype: torch.dtype = torch.float32,
     dtype: torch.dtype | str = "auto",
     device_map: Any = None,
+    quantization_config: Any = None,
     trust_remote_code: bool = False,
 ) -> ComposedForCausalLM:
     """Compose a frozen anchor with one or more frozen augmenting models.
@@ -86,6 +88,9 @@ def compose(
             or "tokens" of the augmenting model.
         bridge_dtype: Of the bridges; the models keep theirs.
         dtype, device_map, trust_remote_code: For models loaded here, as in transformers.
+        quantization_config: For models loaded here: "8bit", "4bit" (bitsandbytes), "int8wo"
+            (torchao), or a configuration of transformers; or these by the names of the models
+            ("anchor" and those of `augmenting`), others keep plain weights (docs/quantized.md).
 
     Raises:
         UnsupportedModelError: If a model is not a text decoder with one stack of layers.
@@ -112,11 +117,13 @@ def compose(
         "device_map": device_map,
         "trust_remote_code": trust_remote_code,
     }
-    anchor_model = load_base(anchor, "the anchor", **options)
-    models = {
-        name: load_base(base, f"augmenting model {name!r}", **options)
-        for name, base in named.items()
-    }
+    packed = quantization_for(quantization_config, ["anchor", *named])
+
+    def load(name: str, base: Base) -> PreTrainedModel:
+        return load_base(base, role_of(name), **options, quantization_config=packed.get(name))
+
+    anchor_model = load("anchor", anchor)
+    models = {name: load(name, base) for name, base in named.items()}
     # A model loaded by name has its tokenizer where its weights are; others, where they came from.
     by_name = {"anchor": anchor, **named}
     ours, theirs = gather_tokenizers(

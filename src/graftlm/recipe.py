@@ -27,6 +27,7 @@ from graftlm.config import (
     Reads,
     spaced_connections,
 )
+from graftlm.quantized import quantization_for
 
 DTYPES = ("float32", "bfloat16", "float16")
 VARIANTS = ("graftlm", "paper")
@@ -57,6 +58,8 @@ class Recipe:
         bridge_dtype: Of the bridges.
         seed: Of fresh bridges, of the order of the data, of the held-out part.
         device_map: As in transformers, for the frozen models.
+        quantize: Pack the weights of the frozen models: "8bit", "4bit", "int8wo", fields of
+            `BitsAndBytesConfig`, or any of these by the names of models.
         trust_remote_code: Run code that comes with the models.
         tokenizer: Path or hub id of the tokenizer; by default the anchor's.
         states_cache: Folder for the hidden states of the frozen models: they are computed once,
@@ -88,6 +91,7 @@ class Recipe:
     bridge_dtype: str = "float32"
     seed: int = 42
     device_map: str | Mapping[str, Any] | None = None
+    quantize: str | Mapping[str, Any] | None = None
     trust_remote_code: bool = False
     tokenizer: str | None = None
     states_cache: str | None = None
@@ -116,6 +120,7 @@ class Recipe:
         if self.eval_fraction is not None and not 0 < self.eval_fraction < 1:
             raise ValueError(f"eval_fraction is {self.eval_fraction}, but must be between 0 and 1")
         self.check_bridges()
+        quantization_for(self.quantize, ["anchor", *self.models])
         self.check_training()
 
     def check_bridges(self) -> None:
@@ -193,6 +198,7 @@ class Recipe:
         options = {name: getattr(self, name) for name in (*same, "device_map", "trust_remote_code")}
         options["bridge_dtype"] = getattr(torch, self.bridge_dtype)
         options["connections"] = self.connections
+        options["quantization_config"] = self.quantize
         return options | ({} if self.every is None else {"every": self.every})
 
     def to_json(self) -> dict[str, Any]:

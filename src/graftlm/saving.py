@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from graftlm import decoder
 from graftlm.bases import (
     Base,
     check_base,
@@ -15,6 +16,7 @@ from graftlm.bases import (
     for_augmenting,
     load_base,
     reference,
+    role_of,
 )
 from graftlm.checkpoint import (
     PREFIX,
@@ -27,6 +29,7 @@ from graftlm.checkpoint import (
 from graftlm.composed import ComposedModel, ComposedPreTrainedModel
 from graftlm.config import ComposedConfig
 from graftlm.processor import ComposedProcessor, make_readers
+from graftlm.quantized import quantization_for
 from graftlm.tokenization import find_tokenizer, tokenizer_fingerprint
 
 
@@ -156,8 +159,10 @@ class SavesBridges(ComposedPreTrainedModel):
             config: The configuration, if it was read before.
             anchor: The anchor, loaded or elsewhere; by default where it was.
             augmenting: The augmenting model, or several by name; by default where they were.
-            dtype, device_map, trust_remote_code, attn_implementation, quantization_config: For
-                base models loaded here, as in transformers.
+            dtype, device_map, trust_remote_code, attn_implementation: For base models loaded
+                here, as in transformers.
+            quantization_config: As in `graftlm.compose`; by default the weights as they are in
+                the files, also if the bridges were trained on quantized ones.
             check_bases: Compare configuration, weights and tokenizer of each base model with
                 the checkpoint; the weights are read once more for that.
             revision, subfolder, cache_dir, token, local_files_only, force_download: For a
@@ -187,16 +192,16 @@ class SavesBridges(ComposedPreTrainedModel):
             "device_map": device_map,
             "trust_remote_code": trust_remote_code,
             "attn_implementation": attn_implementation,
-            "quantization_config": quantization_config,
         }
         names = list(config.augmenting_configs)
+        packed = quantization_for(quantization_config, ["anchor", *names])
         given = {"anchor": anchor, **for_augmenting(augmenting, names, "augmenting")}
         processor = None
         if set(config.alignments.values()) != {"identity"}:
             processor = ComposedProcessor.from_pretrained(folder, config, **hub_options)
         loaded = {}
         for name in ("anchor", *config.augmenting_configs):
-            role = "the anchor" if name == "anchor" else f"augmenting model {name!r}"
+            role = role_of(name)
             known = config.bases.get(name, {})
             base = given.get(name) or known.get("name_or_path")
             if base is None:
@@ -206,6 +211,7 @@ class SavesBridges(ComposedPreTrainedModel):
                     f"loaded model; pass {keyword}"
                 )
             at = {} if given.get(name) else {"revision": known.get("revision")}
+            at |= {"quantization_config": packed.get(name)}
             is_anchor = name == "anchor"
             loaded[name] = load_base(base, role, **options, **at)
             if given.get(name) and reference(loaded[name]):
@@ -247,4 +253,4 @@ class SavesBridges(ComposedPreTrainedModel):
             **self.model.augmenting,
             "bridges": self.model.bridges,
         }
-        return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+        return {name: decoder.num_parameters(part) for name, part in parts.items()}

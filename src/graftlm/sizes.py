@@ -38,9 +38,9 @@ class Size:
         """Of a module; tied weights count once."""
         parameters = list(module.parameters())
         return cls(
-            num_parameters=sum(p.numel() for p in parameters),
+            num_parameters=decoder.num_parameters(module),
             num_trainable=sum(p.numel() for p in parameters if p.requires_grad),
-            num_bytes=sum(p.numel() * p.element_size() for p in parameters),
+            num_bytes=decoder.num_bytes(module),
         )
 
 

@@ -134,6 +134,8 @@ def quiet(verbose: bool) -> None:
     import datasets
     from transformers.utils import logging
 
+    # It tells of every product of every layer that it casts to float16.
+    logging.logging.getLogger("bitsandbytes").setLevel("ERROR")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     datasets.disable_progress_bars()

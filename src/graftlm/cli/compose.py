@@ -25,14 +25,14 @@ def run(args: argparse.Namespace) -> int:
     from graftlm.loading import compose
     from graftlm.recipe import Recipe
 
-    names = (*options.BRIDGE_OPTIONS, "dtype", "device_map", "trust_remote_code")
     recipe = Recipe.from_mapping(
         {
             "anchor": args.anchor,
-            "augmenting": options.named_models(args.augmenting),
+            "augmenting": options.named(args.augmenting),
             "data": "none",
             "output_dir": args.output,
-            **options.given(args, *names),
+            **options.given(args, *options.BRIDGE_OPTIONS),
+            **options.loading(args),
         },
         "the command",
     )

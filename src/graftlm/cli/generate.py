@@ -44,11 +44,13 @@ def load(args: argparse.Namespace, **more: Any) -> Any:
     """The composed model of the folder, with the base models the flags name."""
     from graftlm.causal_lm import ComposedForCausalLM
 
+    how = options.loading(args)
     return ComposedForCausalLM.from_pretrained(
         args.folder,
         anchor=args.anchor,
-        augmenting=options.named_models(args.augmenting),
-        **options.given(args, "dtype", "device_map", "trust_remote_code"),
+        augmenting=options.named(args.augmenting),
+        quantization_config=how.pop("quantize", None),
+        **how,
         **more,
     )
 

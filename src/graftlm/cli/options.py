@@ -44,6 +44,13 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--device-map", metavar="MAP", help="as in transformers, such as auto")
     group.add_argument(
+        "--quantize",
+        metavar="[NAME=]SCHEME",
+        action="append",
+        help="pack the weights of the frozen models: 8bit, 4bit (bitsandbytes) or int8wo "
+        "(torchao); NAME is anchor or one of --augmenting, repeat it for several",
+    )
+    group.add_argument(
         "--trust-remote-code",
         action="store_true",
         default=None,
@@ -115,8 +122,10 @@ def add_bridges(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def named_models(entries: list[str] | None) -> dict[str, str] | str | None:
-    """The augmenting models by name; a single one may go without.
+def named(
+    entries: list[str] | None, option: str = "--augmenting", what: str = "MODEL"
+) -> dict[str, str] | str | None:
+    """What an option gives by name, such as augmenting models; a single one may go without.
 
     Raises:
         ValueError: If several lack names, or share one.
@@ -125,15 +134,23 @@ def named_models(entries: list[str] | None) -> dict[str, str] | str | None:
         return None
     if len(entries) == 1 and "=" not in entries[0]:
         return entries[0]
-    models: dict[str, str] = {}
+    values: dict[str, str] = {}
     for entry in entries:
-        name, found, model = entry.partition("=")
-        if not found or not model:
-            raise ValueError(f"--augmenting {entry!r} has no name; several need NAME=MODEL each")
-        if name in models:
-            raise ValueError(f"--augmenting names two models {name!r}")
-        models[name] = model
-    return models
+        name, found, value = entry.partition("=")
+        if not found or not value:
+            raise ValueError(f"{option} {entry!r} has no name; several need NAME={what} each")
+        if name in values:
+            raise ValueError(f"{option} names two models {name!r}")
+        values[name] = value
+    return values
+
+
+def loading(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `add_loading` that were given."""
+    quantize = named(args.quantize, "--quantize", "SCHEME")
+    return given(args, "dtype", "device_map", "trust_remote_code") | (
+        {} if quantize is None else {"quantize": quantize}
+    )
 
 
 def given(args: argparse.Namespace, *names: str) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     recipe = Recipe.from_mapping(
         {
             "anchor": args.anchor,
-            "augmenting": options.named_models(args.augmenting),
+            "augmenting": options.named(args.augmenting),
             "data": "none",
             "output_dir": "none",
             **options.given(args, *options.BRIDGE_OPTIONS, "dtype"),

@@ -16,9 +16,6 @@ RECIPE_FLAGS = (
     "completions_only",
     "seed",
     "tokenizer",
-    "dtype",
-    "device_map",
-    "trust_remote_code",
     *options.BRIDGE_OPTIONS,
     "states_cache",
     "states_dtype",
@@ -124,8 +121,8 @@ def build_recipe(args: argparse.Namespace) -> Any:
 
     path, training = take_rest(args.rest)
     values = read_yaml(path) if path else {}
-    flags = options.given(args, *RECIPE_FLAGS)
-    augmenting = options.named_models(args.augmenting)
+    flags = options.given(args, *RECIPE_FLAGS) | options.loading(args)
+    augmenting = options.named(args.augmenting)
     if augmenting is not None:
         flags["augmenting"] = augmenting
     if training:
