@@ -207,7 +207,8 @@ def main():
         found = measure_step(model, trained, loss, task)
     else:
         found = measure_decoding(model, trained, loss, generate, task)
-    versions = {name: sys.modules[name].__version__ for name in ("torch",)}
+    loaded = [name for name in ("torch", "transformers") if name in sys.modules]
+    versions = {name: sys.modules[name].__version__ for name in loaded}
     print(json.dumps(dict(found, versions=versions)))
 
 
