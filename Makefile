@@ -1,6 +1,7 @@
 # make demo    reproduce the paper's key-value arithmetic      make fix      format and mend
 # make test    the fast tests                                  make check    format, lint, types
 # make test-slow   the rest                                    make test-oldest   oldest versions
+# make bench   measure time and memory against floor and LoRA (QUICK=1: 3 minutes)
 # make models  fetch small pretrained models (CODER=1: a code model too), for examples and tests
 
 PYTHON ?= python3
@@ -9,10 +10,13 @@ BIN := .venv/bin
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo models test test-slow test-oldest check fix lock clean
+.PHONY: demo bench models test test-slow test-oldest check fix lock clean
 
 demo: $(BIN)/.installed
 	$(BIN)/graftlm reproduce kv-arithmetic
+
+bench: $(BIN)/.installed
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m benchmarks $(if $(QUICK),--quick)
 
 models: $(BIN)/.installed
 	$(BIN)/python -m graftlm.reproduce.real_models $(if $(CODER),--coder)
