@@ -27,6 +27,7 @@ from graftlm.checkpoint import (
 from graftlm.composed import ComposedModel, ComposedPreTrainedModel
 from graftlm.config import ComposedConfig
 from graftlm.processor import ComposedProcessor, make_readers
+from graftlm.sharding import num_elements
 from graftlm.tokenization import find_tokenizer, tokenizer_fingerprint
 
 
@@ -247,4 +248,4 @@ class SavesBridges(ComposedPreTrainedModel):
             **self.model.augmenting,
             "bridges": self.model.bridges,
         }
-        return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+        return {name: sum(map(num_elements, part.parameters())) for name, part in parts.items()}

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from graftlm import decoder
 from graftlm.causal_lm import ComposedForCausalLM
 from graftlm.config import ComposedConfig
+from graftlm.sharding import num_elements
 
 # The paper's names for the parameters of a bridge.
 PAPER_NAMES = {
@@ -38,9 +39,9 @@ class Size:
         """Of a module; tied weights count once."""
         parameters = list(module.parameters())
         return cls(
-            num_parameters=sum(p.numel() for p in parameters),
-            num_trainable=sum(p.numel() for p in parameters if p.requires_grad),
-            num_bytes=sum(p.numel() * p.element_size() for p in parameters),
+            num_parameters=sum(num_elements(p) for p in parameters),
+            num_trainable=sum(num_elements(p) for p in parameters if p.requires_grad),
+            num_bytes=sum(num_elements(p) * p.element_size() for p in parameters),
         )
 
 

@@ -37,6 +37,7 @@ from graftlm.processor import ComposedDataCollator, ComposedProcessor
 from graftlm.progress import ProgressDisplay
 from graftlm.recipe import Recipe
 from graftlm.resuming import RECORD, Interruption, starting_point
+from graftlm.trainer import ComposedTrainer
 
 LONGEST_BY_DEFAULT = 1024
 # What suits freshly opened bridges; a recipe's `training` goes over it. Fractions are of all steps.
@@ -99,7 +100,7 @@ class Training:
             console: Where to show progress; by default nowhere.
         """
         interruption = Interruption()
-        trainer = Trainer(
+        trainer = ComposedTrainer(
             model=self.model,
             args=self.arguments,
             train_dataset=self.examples.dataset,
