@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from graftlm.errors import CheckpointMismatchError, GraftlmError, UnsupportedModelError
     from graftlm.loading import compose
     from graftlm.processor import ComposedDataCollator, ComposedProcessor
+    from graftlm.trainer import ComposedTrainer
     from graftlm.verification import verify
 
 _HOME = {
@@ -31,6 +32,7 @@ _HOME = {
     "ComposedForCausalLM": "causal_lm",
     "ComposedModel": "composed",
     "ComposedProcessor": "processor",
+    "ComposedTrainer": "trainer",
     "Connection": "config",
     "GraftlmError": "errors",
     "UnsupportedModelError": "errors",
@@ -48,6 +50,7 @@ __all__ = [
     "ComposedForCausalLM",
     "ComposedModel",
     "ComposedProcessor",
+    "ComposedTrainer",
     "Connection",
     "GraftlmError",
     "UnsupportedModelError",
