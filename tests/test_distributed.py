@@ -25,7 +25,8 @@ from tiny import save_model, sums, write_lines
 ROOT = Path(__file__).parent.parent
 ON_CPU = str(Path(__file__).with_name("on_cpu.py"))
 needs_deepspeed = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
+    importlib.util.find_spec("deepspeed") is None or shutil.which("c++") is None,
+    reason="deepspeed, or the compiler it needs on a CPU, is not installed",
 )
 LAYOUTS = ["ddp", "fsdp2", pytest.param("zero3", marks=needs_deepspeed)]
 pytestmark = pytest.mark.slow
@@ -101,14 +102,14 @@ def logged(folder: Path, key: str) -> list[float]:
 
 
 def assert_close(one: Path, other: Path) -> None:
-    """Equal but for the order of additions: losses to 1e-6, bridges to 2e-5 of steps of 1e-2.
+    """Equal but for the order of additions: losses of 4.6 to 1e-6, bridges to 2e-5.
 
-    Adam makes a step of full size of a gradient that is nearly zero, so that roundings of the
-    gradients come back larger in the weights than in the losses.
+    Adam makes a step of full size, here 1e-2, of a gradient that is nearly zero, so that its
+    roundings come back larger in the weights than in the losses.
     """
-    for key in ("loss", "eval_loss"):
+    for key, bound in (("loss", 1e-6), ("eval_loss", 2e-6)):
         assert logged(one, key)
-        assert logged(one, key) == pytest.approx(logged(other, key), abs=1e-6, rel=0)
+        assert logged(one, key) == pytest.approx(logged(other, key), abs=bound, rel=0)
     here, there = weights(one), weights(other)
     assert here.keys() == there.keys()
     for name, tensor in here.items():

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -40,8 +41,9 @@ class ComposedTrainer(Trainer):
             check_layout("zero_stage", state.deepspeed_plugin.zero_stage, 3)
         # While the frozen weights are as they were loaded. Under ZeRO-3 they are spread already,
         # and to see them takes every process; with FSDP2 only the first may have read them.
-        if self.is_deepspeed_enabled or self.args.should_save:
+        if self.is_deepspeed_enabled or self.is_world_process_zero():
             self.composed.take_fingerprints()
+        self.composed.config.bases = broadcast_object_list([self.composed.config.bases])[0]
 
     @property
     def composed(self) -> ComposedForCausalLM:
