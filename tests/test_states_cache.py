@@ -303,6 +303,12 @@ def test_no_examples(small: Any) -> None:
         cache_states(small.model, [], small.folder)
 
 
+def test_models_that_are_spread_over_processes(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(caching, "is_spread", lambda parameter: True)
+    with pytest.raises(ValueError, match="models are spread over processes, so that none can run"):
+        cache_states(small.model, small.rows, small.folder)
+
+
 def test_states_that_do_not_fit_the_batch(small: Any) -> None:
     states = cache_states(small.model, small.rows, small.folder)
     batch = batch_of(small.rows, states, [0, 1])

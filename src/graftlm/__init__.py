@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from graftlm.loading import compose
     from graftlm.processor import ComposedDataCollator, ComposedProcessor
     from graftlm.states_cache import StatesCache
+    from graftlm.trainer import ComposedTrainer
     from graftlm.verification import verify
 
 _HOME = {
@@ -33,6 +34,7 @@ _HOME = {
     "ComposedForCausalLM": "causal_lm",
     "ComposedModel": "composed",
     "ComposedProcessor": "processor",
+    "ComposedTrainer": "trainer",
     "Connection": "config",
     "GraftlmError": "errors",
     "UnsupportedModelError": "errors",
@@ -52,6 +54,7 @@ __all__ = [
     "ComposedForCausalLM",
     "ComposedModel",
     "ComposedProcessor",
+    "ComposedTrainer",
     "Connection",
     "GraftlmError",
     "StatesCache",

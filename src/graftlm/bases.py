@@ -17,6 +17,7 @@ from transformers import (
 
 from graftlm import decoder, gguf
 from graftlm.errors import CheckpointMismatchError
+from graftlm.sharding import whole
 from graftlm.tokenization import find_tokenizer, tokenizer_fingerprint
 
 Base = PreTrainedModel | str | os.PathLike[str]
@@ -159,11 +160,16 @@ def weights_hash(
 
 
 def weights_of(model: PreTrainedModel, *, with_head: bool) -> Iterator[tuple[str, Tensor]]:
-    """The weights a composition uses, sorted by name; the same for a model without its head."""
-    yield from sorted(decoder.trunk(model).state_dict().items())
-    head = model.get_output_embeddings() if with_head else None
-    if head is not None:
-        yield from sorted((f"head.{name}", value) for name, value in head.state_dict().items())
+    """The weights a composition uses, sorted by name; the same for a model without its head.
+
+    Where they are spread over processes, every process must ask for them.
+    """
+    parts: dict[str, Any] = {"": decoder.trunk(model)}
+    if with_head and model.get_output_embeddings() is not None:
+        parts["head."] = model.get_output_embeddings()
+    for prefix, part in parts.items():
+        for name, tensor in sorted(part.state_dict(keep_vars=True).items()):
+            yield f"{prefix}{name}", whole(tensor)
 
 
 def config_difference(here: PreTrainedConfig, there: PreTrainedConfig) -> str | None:

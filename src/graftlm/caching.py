@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from jaxtyping import Float, Int
 from rich.console import Console
 from rich.progress import Progress
@@ -29,6 +30,7 @@ from graftlm.collation import IGNORED
 from graftlm.frozen_states import connected_layers, record_anchor
 from graftlm.own_tokens import has_reader, read_tokens
 from graftlm.passes import PassInputs, prompt_of
+from graftlm.sharding import is_spread
 from graftlm.sizes import readable_bytes
 from graftlm.states_cache import (
     Layout,
@@ -72,7 +74,8 @@ def cache_states(
 
     Raises:
         ValueError: If the folder holds states of something else, the disk is too small, `dtype`
-            cannot hold the states, or the anchor has adapters to train.
+            cannot hold the states, the anchor has adapters to train, or the frozen models are
+            spread over processes.
         OSError: If the disk is full before the end; what is complete is kept.
     """
     folder, console = Path(folder), console or Console(quiet=True)
@@ -88,6 +91,11 @@ def cache_states(
     )
     layout = agree(folder, layout)
     missing = missing_parts(folder, layout)
+    if missing and not is_whole(model):
+        raise ValueError(
+            "the frozen models are spread over processes, so that none can run them alone; compute "
+            "their hidden states before, with graftlm cache in one process or more"
+        )
     rank, num_processes = process()
     barrier()  # all have seen what is missing before anything is written
     check_disk(folder, size.num_bytes * len(missing) / layout.num_parts, size)
@@ -126,12 +134,19 @@ def check_frozen_parts(model: "ComposedForCausalLM") -> None:
                 )
 
 
+def is_whole(model: "ComposedForCausalLM") -> bool:
+    """Whether this process holds all weights, or can fetch them where they are offloaded to."""
+    bases = (model.anchor, *model.augmenting.values())
+    is_here = all(decoder.device_of(base).type != "meta" for base in bases)
+    return is_here and not any(map(is_spread, model.parameters()))
+
+
 # ---- what the states depend on -----------------------------------------------------------
 
 
 def made_for(model: "ComposedForCausalLM", examples: Any, dtype: str) -> dict[str, Any]:
     """All that the states depend on, in the words of a message, each with a hash or value."""
-    model.take_fingerprints()
+    take_fingerprints(model)
     facts: dict[str, Any] = {"the data": data_hash(examples)}
     for name, base in {"anchor": model.anchor, **model.augmenting}.items():
         known: Any = model.config.bases[name]["fingerprint"]
@@ -150,6 +165,15 @@ def made_for(model: "ComposedForCausalLM", examples: Any, dtype: str) -> dict[st
     facts["what is read"] = model.config.reads
     facts["the precision"] = [dtype, autocast_dtype(model.device)]
     return json.loads(json.dumps(facts))
+
+
+def take_fingerprints(model: "ComposedForCausalLM") -> None:
+    """Know the frozen models; of several processes only the first may have read their weights."""
+    rank, num_processes = process()
+    if rank == 0 or any(map(is_spread, model.parameters())):
+        model.take_fingerprints()
+    if num_processes > 1:
+        model.config.bases = broadcast_object_list([model.config.bases])[0]
 
 
 def hash_of(value: Any) -> str:

@@ -17,6 +17,7 @@ from transformers.utils.hub import cached_file
 from graftlm._version import __version__
 from graftlm.config import FORMAT_VERSION, ComposedConfig
 from graftlm.errors import CheckpointMismatchError
+from graftlm.sharding import whole_shape
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -153,10 +154,10 @@ def check_names(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], f
             raise CheckpointMismatchError(f"{folder}: {WEIGHTS} lacks {name}")
         if name not in expected:
             raise CheckpointMismatchError(f"{folder}: {WEIGHTS} holds {name}, which no bridge has")
-        if tensors[name].shape != expected[name].shape:
+        if whole_shape(tensors[name]) != whole_shape(expected[name]):
             raise CheckpointMismatchError(
                 f"{folder}: {name} has shape {tuple(tensors[name].shape)}, but the composition "
-                f"needs {tuple(expected[name].shape)}"
+                f"needs {whole_shape(expected[name])}"
             )
 
 

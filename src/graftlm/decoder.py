@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 
 from graftlm.errors import UnsupportedModelError
+from graftlm.sharding import is_spread, num_elements, whole_shape
 
 # Families whose layers or caches do not have the shape the method needs.
 UNSUPPORTED = {
@@ -437,11 +438,11 @@ def holds_plain_weights(model: PreTrainedModel) -> bool:
 def num_bytes(module: nn.Module) -> int:
     """What the parameters take; torchao's are tensors around others, whose type is not theirs."""
     return sum(
-        inner.numel() * inner.element_size()
+        math.prod(whole_shape(inner)) * inner.element_size()
         for parameter in module.parameters()
         for inner in (
             [getattr(parameter, name) for name in parameter.__tensor_flatten__()[0]]
-            if hasattr(parameter, "__tensor_flatten__")
+            if hasattr(parameter, "__tensor_flatten__") and not is_spread(parameter)
             else [parameter]
         )
     )
@@ -474,11 +475,7 @@ def keep_unpacked(model: PreTrainedModel, role: str) -> None:
 
 def num_parameters(model: nn.Module) -> int:
     """How many there are, packed ones as many as they stand for; tied ones count once."""
-    return sum(
-        parameter.numel() if state is None else math.prod(state.shape)
-        for parameter in model.parameters()
-        for state in [getattr(parameter, "quant_state", None)]
-    )
+    return sum(map(num_elements, model.parameters()))
 
 
 def trainable_adapters(model: PreTrainedModel) -> list[nn.Module]:

@@ -29,7 +29,7 @@ from transformers import (
 
 from graftlm import gguf
 from graftlm._version import __version__
-from graftlm.caching import cache_states
+from graftlm.caching import cache_states, is_whole
 from graftlm.causal_lm import ComposedForCausalLM
 from graftlm.config import ComposedConfig, spaced_connections
 from graftlm.data import Examples, load_examples
@@ -38,6 +38,7 @@ from graftlm.processor import ComposedDataCollator, ComposedProcessor
 from graftlm.progress import ProgressDisplay
 from graftlm.recipe import Recipe
 from graftlm.resuming import RECORD, Interruption, starting_point
+from graftlm.trainer import ComposedTrainer
 
 LONGEST_BY_DEFAULT = 1024
 # What suits freshly opened bridges; a recipe's `training` goes over it. Fractions are of all steps.
@@ -101,7 +102,7 @@ class Training:
         """
         interruption = Interruption()
         trained_on, evaluated_on = self.with_states(console)
-        trainer = Trainer(
+        trainer = ComposedTrainer(
             model=self.model,
             args=self.arguments,
             train_dataset=trained_on,
@@ -145,7 +146,7 @@ class Training:
         }
         if self.recipe.states_cache is None:
             return data["training"], data["evaluation"]
-        if self.recipe.device_map is None:
+        if self.recipe.device_map is None and is_whole(self.model):
             model: Any = self.model
             model.to(self.arguments.device)
         with self.autocast():

@@ -96,6 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.rest = rest
     with warnings.catch_warnings():
         warnings.showwarning = show_warning
+        # DeepSpeed calls at every step what torch has renamed.
+        warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
         try:
             quiet(args.verbose)
             return command.run(args)

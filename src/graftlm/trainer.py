@@ -1,0 +1,166 @@
+"""transformers' Trainer for bridges: any layout of processes, checkpoints that fit all of them.
+
+What is frozen may be spread over processes (FSDP2, DeepSpeed ZeRO-3). A checkpoint holds the
+bridges as `save_pretrained` writes them and their optimizer's state, both whole, so that a run can
+go on with another layout than it was saved with.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+from transformers import Trainer
+
+from graftlm import optimizer_state
+from graftlm.causal_lm import ComposedForCausalLM
+from graftlm.checkpoint import PREFIX, bridge_weights, check_names, read_config, read_weights
+from graftlm.sharding import set_weight, whole_weight
+
+SCHEDULER = "scheduler.pt"
+
+
+class ComposedTrainer(Trainer):
+    """A `Trainer` for composed models; takes what `Trainer` takes.
+
+    Raises:
+        TypeError: If the model is not a `ComposedForCausalLM`.
+        ValueError: If something else than bridges would be trained, or the layout is not one of
+            a single process, DDP, FSDP2 and DeepSpeed ZeRO-3.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        check_trainable(self.model)
+        state: Any = self.accelerator.state
+        if self.is_fsdp_enabled:
+            check_layout("fsdp_version", state.fsdp_plugin.fsdp_version, 2)
+        if self.is_deepspeed_enabled:
+            check_layout("zero_stage", state.deepspeed_plugin.zero_stage, 3)
+        # While the frozen weights are as they were loaded. Under ZeRO-3 they are spread already,
+        # and to see them takes every process; with FSDP2 only the first may have read them.
+        if self.is_deepspeed_enabled or self.is_world_process_zero():
+            self.composed.take_fingerprints()
+        self.composed.config.bases = broadcast_object_list([self.composed.config.bases])[0]
+
+    @property
+    def composed(self) -> ComposedForCausalLM:
+        """The composed model inside whatever is trained."""
+        inner: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        return inner
+
+    def named_weights(self) -> dict[str, Tensor]:
+        """The bridges' parameters by the names they have in files."""
+        return bridge_weights(dict(self.composed.bridges.named_parameters(PREFIX[:-1])))
+
+    # ---- saving --------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the bridges as `save_pretrained` does; every process must call this."""
+        weights = {}
+        for name, parameter in self.named_weights().items():
+            tensor = whole_weight(parameter)
+            if self.args.should_save:
+                weights[name] = tensor.cpu()
+        if self.args.should_save:
+            self._save(output_dir, state_dict=weights)
+        # Others would write their random numbers into a folder that is only now renamed.
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        state = optimizer_state.gather(
+            self.inner_optimizer, self.names(), keep=self.args.should_save
+        )
+        if self.args.should_save:
+            folder = Path(output_dir)
+            optimizer_state.write(state, folder)
+            assert self.lr_scheduler is not None
+            torch.save(self.lr_scheduler.state_dict(), folder / f".{SCHEDULER}")
+            (folder / f".{SCHEDULER}").replace(folder / SCHEDULER)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # The file that completes a checkpoint comes next, from the first process.
+        self.accelerator.wait_for_everyone()
+
+    # ---- resuming ------------------------------------------------------------------------
+
+    def _prepare_for_training(
+        self, max_steps: Any, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> Any:
+        # Without the checkpoint, for which Trainer knows one format a layout.
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if resume_from_checkpoint is not None:
+            self._load_from_checkpoint(resume_from_checkpoint)
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+            self._load_scaler(resume_from_checkpoint)
+        return prepared
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        folder = os.fspath(resume_from_checkpoint)
+        weights, parameters = read_weights(folder, read_config(folder)), self.named_weights()
+        check_names(weights, parameters, folder)
+        for name, parameter in parameters.items():
+            set_weight(parameter, weights[name])
+
+    def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        assert checkpoint is not None
+        assert self.lr_scheduler is not None
+        folder = Path(checkpoint)
+        state = optimizer_state.read(folder)
+        optimizer_state.restore(self.inner_optimizer, self.names(), state, str(folder))
+        schedule = torch.load(folder / SCHEDULER, weights_only=True)
+        self.lr_scheduler.load_state_dict(schedule)
+
+    @property
+    def inner_optimizer(self) -> Any:
+        """The optimizer without accelerate's wrapper."""
+        optimizer: Any = self.optimizer
+        return getattr(optimizer, "optimizer", optimizer)
+
+    def names(self) -> dict[Tensor, str]:
+        """The names of the parameters that are trained."""
+        return {parameter: name for name, parameter in self.named_weights().items()}
+
+
+def check_trainable(model: Any) -> None:
+    """Refuse to train what checkpoints would not hold.
+
+    Raises:
+        TypeError: If the model is not a composed one.
+        ValueError: Naming a trainable parameter that is not a bridge's.
+    """
+    if not isinstance(model, ComposedForCausalLM):
+        raise TypeError(
+            f"ComposedTrainer trains a ComposedForCausalLM, not a {type(model).__name__}; use "
+            "transformers.Trainer"
+        )
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not name.startswith(PREFIX):
+            raise ValueError(
+                f"{name} requires gradients, but checkpoints of ComposedTrainer hold bridges only; "
+                "freeze it, or use transformers.Trainer"
+            )
+
+
+def check_layout(setting: str, found: int, needed: int) -> None:
+    """Refuse the other stages and versions of what spreads a model over processes.
+
+    Raises:
+        ValueError: Saying what to set.
+    """
+    if found != needed:
+        raise ValueError(
+            f"{setting} is {found}, but graftlm trains with {setting} {needed} only; change it in "
+            "the configuration of accelerate"
+        )
