@@ -75,7 +75,8 @@ def align(
     cross_mask: Tensor | None = visible[:, None]  # (#batch, 1, seq, aug_seq)
     if position == "distance":
         bias = distance_bias(num_heads, query_positions[None], key_positions[None])
-        cross_mask = bias.masked_fill(~visible[:, None], torch.finfo(bias.dtype).min)
+        fill = bias.masked_fill_ if len(visible) == 1 else bias.masked_fill
+        cross_mask = fill(~visible[:, None], torch.finfo(bias.dtype).min)
     elif readable is None and segments is None and not isinstance(kept_length, Tensor):
         # Plain causal attention, or one query that reads all: the fast kernels need no mask.
         # A static cache has empty slots, which must stay hidden.
@@ -127,7 +128,7 @@ def align_by_rank(
     cross_mask: Tensor = visible[:, None]
     if position == "distance":
         bias = distance_bias(num_heads, query_positions, key_positions)
-        cross_mask = bias.masked_fill(~cross_mask, torch.finfo(bias.dtype).min)
+        cross_mask = bias.masked_fill_(~cross_mask, torch.finfo(bias.dtype).min)
     num_new = tokens["ranks"].shape[1]
     return Alignment(
         query_positions=query_positions,

@@ -21,6 +21,7 @@ from transformers.cache_utils import (
 )
 from transformers.configuration_utils import PreTrainedConfig
 
+from graftlm.growing_cache import let_grow
 from graftlm.reading import Reader, Reading, RowPass, read_row
 
 HOLE = -1
@@ -86,7 +87,7 @@ class ReadingCache:
 
         It keeps every token: a sliding window would count holes, and could not be rolled back.
         """
-        return DynamicCache(config=None if keeps_keys_only(self.config) else self.config)
+        return let_grow(DynamicCache(config=None if keeps_keys_only(self.config) else self.config))
 
     def extend(self, tokens: AugmentingTokens, readings: list[Reading]) -> None:
         """Remember a pass."""

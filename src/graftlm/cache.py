@@ -13,13 +13,13 @@ from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
     DynamicCache,
-    DynamicLayer,
     StaticCache,
     StaticLayer,
 )
 from transformers.configuration_utils import PreTrainedConfig
 
 from graftlm.augmenting_tokens import ReadingCache
+from graftlm.growing_cache import GrowingLayer, let_grow
 
 
 class ComposedCache(Cache):
@@ -74,9 +74,11 @@ class ComposedCache(Cache):
                 of its own an augmenting model reads is not known beforehand, so these stay dynamic.
         """
         caches: dict[str, Cache]
-        layers: list[Any] = [DynamicLayer() for indices in bridges_of.values() for _ in indices]
+        layers: list[Any] = [GrowingLayer() for indices in bridges_of.values() for _ in indices]
         if max_cache_len is None:
-            caches = {name: DynamicCache(config=c) for name, c in augmenting_configs.items()}
+            caches = {
+                name: let_grow(DynamicCache(config=c)) for name, c in augmenting_configs.items()
+            }
         else:
             caches = {
                 name: StaticCache(config=c, max_cache_len=max_cache_len)

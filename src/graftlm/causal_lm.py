@@ -21,6 +21,7 @@ from graftlm.augmenting_tokens import AugmentingTokens
 from graftlm.cache import ComposedCache
 from graftlm.composed import ComposedModel
 from graftlm.config import ComposedConfig
+from graftlm.growing_cache import let_grow
 from graftlm.passes import PassInputs, Scoped, prompt_of
 from graftlm.saving import SavesBridges
 
@@ -269,6 +270,7 @@ class ComposedForCausalLM(SavesBridges, GenerationMixin):
         max_cache_length: int,
     ) -> None:
         """Let transformers make the anchor's cache, and put the other caches beside it."""
+        is_ours = model_kwargs.get("past_key_values") is None
         super()._prepare_cache_for_generation(  # pyrefly: ignore[bad-argument-type]
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
@@ -276,6 +278,8 @@ class ComposedForCausalLM(SavesBridges, GenerationMixin):
             model_kwargs["prompt_mask"] = torch.ones_like(model_kwargs["position_ids"])
         cache = model_kwargs.get("past_key_values")
         if cache is not None and not isinstance(cache, ComposedCache):
+            if is_ours:
+                let_grow(cache)
             composed_cache = self.model.resolve_cache(cache, True, max_cache_length)
             assert composed_cache is not None
             if generation_config.is_assistant:

@@ -23,6 +23,7 @@ from graftlm.bridge import Bridge
 from graftlm.cache import ComposedCache, is_empty
 from graftlm.config import ComposedConfig
 from graftlm.frozen_states import entering_view, take_states
+from graftlm.growing_cache import let_grow
 from graftlm.own_tokens import has_reader, run_reader
 from graftlm.passes import ForwardPass, Hooks, PassInputs, part_of
 from graftlm.reading import Reader
@@ -217,7 +218,8 @@ class ComposedModel(ComposedPreTrainedModel):
         if cache is None:
             if not use_cache:
                 return None
-            return self.compose_cache(DynamicCache(config=self.config.get_text_config()))
+            made = DynamicCache(config=self.config.get_text_config())
+            return self.compose_cache(let_grow(made))
         if isinstance(cache, ComposedCache):
             return cache
         if not is_empty(cache):
