@@ -10,10 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicCache
 
 from benchmarks.models import Case, Setting, build, twin
 from benchmarks.timing import Goal, Lap, Step, Times, measure
 from benchmarks.training_step import shortened
+from graftlm import ComposedForCausalLM
+from graftlm.growing_cache import let_grow
 
 GOAL = Goal(system="composed", against=("anchor", "augmenting"), at_most=1.05)
 ALONE = Goal(system="composed", against=("anchor",))
@@ -42,8 +45,21 @@ class Greedy:
     def prefill(self, lap: Lap) -> None:
         """Read the prompt, once for all rows, and start its cache anew."""
         self.cache = None  # not two at a time
-        output = self.model(input_ids=self.prompt, use_cache=True, **self.options)
+        given = {} if self.is_composed else {"past_key_values": self.own_cache()}
+        output = self.model(input_ids=self.prompt, use_cache=True, **given, **self.options)
         self.cache = output.past_key_values
+
+    @property
+    def is_composed(self) -> bool:
+        """Whether the model makes its cache itself."""
+        return isinstance(self.model, ComposedForCausalLM)
+
+    def own_cache(self) -> Any:
+        """A cache as the composed model's parts have it, which does not copy itself every token.
+
+        With transformers' own, a part alone would be slower than it is within the composition.
+        """
+        return let_grow(DynamicCache(config=self.model.config))
 
     @torch.no_grad()
     def step(self, lap: Lap) -> None:

@@ -191,8 +191,9 @@ def test_the_command_writes_results_tables_and_plots(tmp_path):
         "paper",
         "middle",
     )
-    assert set(paper["seconds"]) == {"composed", "floor", "lora"}
-    assert [ratio["name"] for ratio in paper["ratios"]] == ["composed / floor", "composed / lora"]
+    assert set(paper["seconds"]) == {"composed", "cached", "floor", "lora"}
+    ratios = ["composed / floor", "composed / lora", "cached / lora"]
+    assert [ratio["name"] for ratio in paper["ratios"]] == ratios
     rows = results["sections"]["decoding"]["rows"]
     assert [row["ratios"][0]["goal"] for row in rows if "ratios" in row] == [1.05, 1.05]
     assert all("GPU" in row["not_measured"] for row in rows if row.get("compiled"))

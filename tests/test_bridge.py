@@ -1,6 +1,5 @@
 """The bridge alone: numbers worked out by hand, and what a fresh one may and may not do."""
 
-import copy
 import math
 from typing import Any
 
@@ -169,79 +168,3 @@ def test_sizes_that_do_not_fit_are_refused():
         Bridge(D_B, D_A, BridgeConfig(num_heads=4), index=0)
     with pytest.raises(ValueError, match="even head width, but width 15 over 3 heads gives 5"):
         Bridge(D_B, D_A, BridgeConfig(num_heads=3, position="rotary"), index=0)
-
-
-# ---- two maps in one while decoding ------------------------------------------------------
-
-
-def keys_and_values(bridge: Bridge, states: torch.Tensor, learning: bool) -> torch.Tensor:
-    with torch.set_grad_enabled(learning):
-        return torch.stack(bridge.read(states)).detach()
-
-
-@pytest.mark.parametrize("bias", [False, True])
-def test_folded_maps_read_what_the_three_read(bias: bool) -> None:
-    bridge, states = bridge_of(bias=bias), torch.randn(BATCH, AUG_SEQ, D_A)
-    for parameter in bridge.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)
-    expected = keys_and_values(bridge, states, learning=True)
-    assert bridge._folded is None
-    assert_close(keys_and_values(bridge, states, learning=False), expected, atol=1e-5, rtol=1e-5)
-    assert bridge._folded is not None
-    made = bridge._folded[1][0]
-    keys_and_values(bridge, states, learning=False)
-    assert bridge._folded[1][0] is made, "folded once"
-
-
-def test_folded_maps_follow_their_weights() -> None:
-    bridge, states = bridge_of(), torch.randn(BATCH, AUG_SEQ, D_A)
-    keys_and_values(bridge, states, learning=False)
-
-    def check() -> None:
-        learned = keys_and_values(bridge, states, learning=True)
-        assert_close(keys_and_values(bridge, states, learning=False), learned, atol=1e-5, rtol=1e-5)
-
-    bridge.read(states)[0].sum().backward()
-    torch.optim.SGD(bridge.parameters(), lr=0.1).step()
-    check()
-    bridge.load_state_dict(bridge_of().state_dict())
-    check()
-    bridge.double()
-    states = states.double()
-    check()
-    twin = copy.deepcopy(bridge)
-    torch.nn.init.normal_(bridge.proj.weight)
-    check()
-    bridge = twin
-    check()
-
-
-def test_folded_maps_in_half_precision_are_made_in_float32() -> None:
-    bridge, states = bridge_of(), torch.randn(BATCH, AUG_SEQ, D_A)
-    exact = keys_and_values(bridge, states, learning=True)
-    bridge.bfloat16()
-    folded = keys_and_values(bridge, states, learning=False).float()
-    one_by_one = keys_and_values(bridge, states, learning=True).float()
-    assert (folded - exact).abs().mean() <= 1.2 * (one_by_one - exact).abs().mean()
-
-
-def test_maps_that_are_watched_replaced_or_narrow_are_not_folded() -> None:
-    states = torch.randn(BATCH, AUG_SEQ, D_A)
-    seen: list[int] = []
-    watched = bridge_of()
-    watched.cross_k.register_forward_hook(lambda *_: seen.append(1))
-    keys_and_values(watched, states, learning=False)
-    assert seen == [1]
-    replaced = bridge_of()
-
-    class Adapted(torch.nn.Linear):
-        def forward(self, input: torch.Tensor) -> torch.Tensor:
-            return super().forward(input) + 1.0
-
-    adapted = Adapted(D_B, D_B, bias=False)
-    replaced.cross_v = adapted
-    expected = keys_and_values(replaced, states, learning=True)
-    assert torch.equal(keys_and_values(replaced, states, learning=False), expected)
-    wide = Bridge(D_B, 2 * D_B, BridgeConfig(num_heads=3), index=0)
-    keys_and_values(wide, torch.randn(BATCH, AUG_SEQ, 2 * D_B), learning=False)
-    assert wide._folded is None

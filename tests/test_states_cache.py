@@ -16,13 +16,22 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 import graftlm
 from families import FAMILIES, REPRESENTATIVE, open_bridges, tiny, tiny_llama, token_ids
-from graftlm import ComposedDataCollator, Connection, StatesCache, cache_states, caching, compose
+from graftlm import (
+    ComposedDataCollator,
+    ComposedForCausalLM,
+    Connection,
+    StatesCache,
+    cache_states,
+    caching,
+    compose,
+)
 from graftlm.recipe import Recipe
 from graftlm.resuming import Interruption
 from graftlm.training import prepare
@@ -264,10 +273,44 @@ def test_stale_states_are_refused(small: Any) -> None:
     cache_states(compose(tiny("llama"), tiny_llama(), every=2, gate=True), small.rows, small.folder)
 
 
+def test_models_are_known_as_they_are_now(small: Any, tmp_path: Path) -> None:
+    """What a checkpoint says of its models may be true no more."""
+    small.model.save_pretrained(tmp_path / "saved")
+    bases = {"anchor": small.model.anchor, "augmenting": small.model.augmenting["augmenting"]}
+
+    def loaded(**changed: Any) -> Any:
+        made = copy.deepcopy(bases) | changed
+        return ComposedForCausalLM.from_pretrained(tmp_path / "saved", **made, check_bases=False)
+
+    cache_states(small.model, small.rows, small.folder)
+    cache_states(loaded(), small.rows, small.folder)
+    with pytest.raises(ValueError, match="something else: augmenting model 'augmenting' changed"):
+        cache_states(loaded(augmenting=tiny_llama().bfloat16()), small.rows, small.folder)
+    with pytest.raises(ValueError, match="something else: the anchor changed"):
+        cache_states(loaded(anchor=tiny("llama", seed=8)), small.rows, small.folder)
+    with torch.no_grad():
+        small.model.anchor.model.layers[0].mlp.up_proj.weight[0, 0] += 1
+    with pytest.raises(ValueError, match="something else: the anchor changed"):
+        cache_states(small.model, small.rows, small.folder)
+
+
+def test_parts_say_what_they_are_of(small: Any) -> None:
+    """Without `states.json`, or beside another run's, parts of something else are not taken."""
+    cache_states(small.model, small.rows, small.folder)
+    (small.folder / "states.json").unlink()
+    other = compose(tiny("llama", seed=8), tiny_llama(), every=2)
+    states = cache_states(other, small.rows, small.folder)
+    alone = cache_states(other, small.rows, small.folder.with_name("alone"))
+    assert torch.equal(states[0]["anchor.0"], alone[0]["anchor.0"])
+    (small.folder / "states-00000.safetensors").write_bytes(b"cut off")
+    again = cache_states(other, small.rows, small.folder)
+    assert torch.equal(again[0]["anchor.0"], alone[0]["anchor.0"])
+
+
 def test_tokenizers_and_alignments_count_where_tokens_differ(tmp_path: Path) -> None:
     rows = [{"input_ids": byte_tokenizer()("the dog")["input_ids"], "labels": None}]
     cache_states(compose_pair(), rows, tmp_path)
-    with pytest.raises(ValueError, match="else: augmenting model 'augmenting' changed"):
+    with pytest.raises(ValueError, match="else: the alignment changed"):
         cache_states(compose_pair(alignment="prefix"), rows, tmp_path)
     other = word_tokenizer(400)
     sizes = {"max_position_embeddings": 120}
@@ -278,7 +321,7 @@ def test_tokenizers_and_alignments_count_where_tokens_differ(tmp_path: Path) -> 
         tokenizer=byte_tokenizer(),
         augmenting_tokenizers=other,
     )
-    with pytest.raises(ValueError, match="else: augmenting model 'augmenting' changed"):
+    with pytest.raises(ValueError, match="else: the tokenizers changed"):
         cache_states(model, rows, tmp_path)
 
 
@@ -298,13 +341,49 @@ def test_anchors_that_train_are_refused(small: Any) -> None:
         cache_states(small.model, small.rows, small.folder)
 
 
+def test_models_without_states_are_refused(small: Any, tmp_path: Path) -> None:
+    small.model.set_scale("augmenting", 0)
+    with pytest.raises(ValueError, match=r"'augmenting' is switched off \(its scale is 0\), so"):
+        cache_states(small.model, small.rows, small.folder)
+    kinds = ["sliding_attention", "full_attention"] * 2
+    sharing = {"num_hidden_layers": 4, "layer_types": kinds, "num_kv_shared_layers": 2}
+    model = compose(tiny("gemma4_text", **sharing), tiny_llama(), every=4)
+    with pytest.raises(ValueError, match="has layers that read the keys and values of lower ones"):
+        cache_states(model, small.rows, small.folder)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (
+            {"attention_mask": [0, 1, 1]},
+            "example 4 has attention_mask with zeros, but hidden ",
+        ),
+        (
+            {"position_ids": [0, 0, 1]},
+            "example 4 has position_ids, but hidden states are kept ",
+        ),
+    ],
+)
+def test_examples_that_are_padded_or_packed(small: Any, columns: Any, message: str) -> None:
+    row = {"input_ids": [5, 6, 7], "labels": [5, 6, 7], **columns}
+    with pytest.raises(ValueError, match=message):
+        cache_states(small.model, [*small.rows, row], small.folder)
+
+
+def test_rows_of_tensors(small: Any) -> None:
+    data = Dataset.from_list([row | {"read_ids": row["input_ids"]} for row in small.rows])
+    states = cache_states(small.model, data.with_format("torch"), small.folder)
+    assert len(states.with_states(data)[1]["frozen_states"]["anchor.0"]) == 11
+
+
 def test_no_examples(small: Any) -> None:
     with pytest.raises(ValueError, match="there are no examples to compute hidden states of"):
         cache_states(small.model, [], small.folder)
 
 
 def test_models_that_are_spread_over_processes(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(caching, "is_spread", lambda parameter: True)
+    monkeypatch.setattr(caching, "is_fsdp_enabled", lambda: True)
     with pytest.raises(ValueError, match="models are spread over processes, so that none can run"):
         cache_states(small.model, small.rows, small.folder)
 
@@ -312,8 +391,9 @@ def test_models_that_are_spread_over_processes(small: Any, monkeypatch: pytest.M
 def test_states_that_do_not_fit_the_batch(small: Any) -> None:
     states = cache_states(small.model, small.rows, small.folder)
     batch = batch_of(small.rows, states, [0, 1])
-    with pytest.raises(ValueError, match="there are 3 examples, but .* holds the hidden states of"):
-        states.with_states(small.rows[:3])
+    for others in (small.rows[:3], small.rows[::-1]):
+        with pytest.raises(ValueError, match="examples are not the 4 whose hidden states .* holds"):
+            states.with_states(others)
     given = batch.pop("frozen_states")
     fewer = {name: given[name] for name in given if name != "augmenting.3"}
     with pytest.raises(ValueError, match=r"frozen_states has no 'augmenting\.3', only anchor\."):

@@ -54,7 +54,6 @@ class Bridge(GradientCheckpointingLayer):
         self.cross_v = nn.Linear(anchor_size, config.width, bias=config.bias)
         self.cross_o = nn.Linear(config.width, anchor_size, bias=config.bias)
         self.gate = nn.Parameter(torch.zeros(())) if config.gate else None
-        self._folded: tuple[Any, Any] | None = None  # see `folded`
         self.reset_parameters()
 
     @torch.no_grad()
@@ -129,61 +128,15 @@ class Bridge(GradientCheckpointingLayer):
         Float[Tensor, "batch heads new_seq head_dim"], Float[Tensor, "batch heads new_seq head_dim"]
     ]:
         """Keys and values of the augmenting states: f_proj, then W^K and W^V."""
-        states = self.read_norm(augmenting_states).to(self.proj.weight.dtype)
-        folded = self.folded()
-        if folded is None:
-            projected = self.proj(states)
-            keys, values = self.cross_k(projected), self.cross_v(projected)
-        else:
-            keys, values = F.linear(states, *folded).chunk(2, dim=-1)
-        keys, values = self.heads(keys), self.heads(values)
+        projected = self.proj(self.read_norm(augmenting_states).to(self.proj.weight.dtype))
+        keys, values = self.heads(self.cross_k(projected)), self.heads(self.cross_v(projected))
         return (rotate(keys, key_positions) if self.position == "rotary" else keys), values
-
-    def folded(self) -> tuple[Tensor, Tensor | None] | None:
-        """W^K f_proj above W^V f_proj, as one map's weight and bias, to read with while decoding.
-
-        It has fewer numbers to fetch than the three maps. None where they are learned, where it
-        would be the larger one, and where somebody looks at the maps or replaced one.
-        """
-        maps = (self.proj, self.cross_k, self.cross_v)
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return None
-        if not all(map(is_plain, maps)) or self.proj.in_features >= 2 * self.proj.out_features:
-            return None
-        given = [p for one in maps for p in one.parameters()]
-        made_of = [(p.data_ptr(), p._version, p.dtype) for p in given]
-        if self._folded is None or self._folded[0] != made_of:
-            readers = (self.cross_k, self.cross_v)
-            wide = torch.promote_types(self.proj.weight.dtype, torch.float32)
-            weight = torch.cat([one.weight.to(wide) @ self.proj.weight.to(wide) for one in readers])
-            bias = None
-            if self.proj.bias is not None:
-                moved = self.proj.bias.to(wide)
-                bias = torch.cat([x.weight.to(wide) @ moved + x.bias for x in readers])
-                bias = bias.to(self.proj.weight.dtype)
-            self._folded = made_of, (weight.to(self.proj.weight.dtype), bias)
-        return self._folded[1]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies fold their own weights."""
-        return self.__dict__ | {"_folded": None}
 
     def heads(
         self, x: Float[Tensor, "batch seq width"]
     ) -> Float[Tensor, "batch heads seq head_dim"]:
         """Split the last axis into heads."""
         return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
-
-
-def is_plain(linear: nn.Module) -> bool:
-    """Whether a map is nothing but its weight and bias, and nobody watches it."""
-    weight = linear.weight
-    return (
-        type(linear) is nn.Linear
-        and type(weight) is nn.Parameter
-        and not weight.is_inference()  # whose changes are not counted
-        and not (linear._forward_hooks or linear._forward_pre_hooks)
-    )
 
 
 class InputNorm(nn.Module):

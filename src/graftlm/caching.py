@@ -22,19 +22,22 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+from transformers.integrations import is_fsdp_enabled
 
 from graftlm import decoder
 from graftlm.augmenting_tokens import HOLE
-from graftlm.bases import VOLATILE
+from graftlm.bases import VOLATILE, reference, role_of
 from graftlm.collation import IGNORED
 from graftlm.frozen_states import connected_layers, record_anchor
 from graftlm.own_tokens import has_reader, read_tokens
 from graftlm.passes import PassInputs, prompt_of
-from graftlm.sharding import is_spread
+from graftlm.sharding import is_spread, whole, whole_shape
 from graftlm.sizes import readable_bytes
 from graftlm.states_cache import (
     Layout,
     StatesCache,
+    data_hash,
     missing_parts,
     read_layout,
     write_layout,
@@ -47,6 +50,19 @@ if TYPE_CHECKING:
 
 PART_BYTES = 256e6  # of hidden states a file, about: what is lost when work is stopped
 SAMPLE = 64  # examples to estimate from how many tokens other tokenizers make
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StatesSize:
+    """What hidden states take on disk.
+
+    Args:
+        num_bytes: In all.
+        is_exact: False if tokens of other tokenizers were estimated from some examples.
+    """
+
+    num_bytes: int
+    is_exact: bool
 
 
 def cache_states(
@@ -82,14 +98,7 @@ def cache_states(
     check_frozen_parts(model)
     if not len(examples):
         raise ValueError("there are no examples to compute hidden states of")
-    size = states_size(model, examples, dtype)
-    part_size = max(1, round(PART_BYTES / size.num_bytes * len(examples)))
-    layout = Layout(
-        made_for=made_for(model, examples, dtype),
-        num_examples=len(examples),
-        part_size=min(part_size, len(examples)),
-    )
-    layout = agree(folder, layout)
+    layout, size = agree(*plan(model, examples, dtype), folder)
     missing = missing_parts(folder, layout)
     if missing and not is_whole(model):
         raise ValueError(
@@ -113,17 +122,45 @@ def cache_states(
             lengths = {
                 part: f"{part}.{at[0]}" for part, at in connected_layers(model.model).items()
             }
-            write_part(folder, number, [states[k] for k in layout.part(number)], lengths)
+            examples_of = [states[k] for k in layout.part(number)]
+            write_part(folder, layout, number, examples_of, lengths)
     barrier()
     return StatesCache(folder)
+
+
+def plan(
+    model: "ComposedForCausalLM", examples: Any, dtype: str
+) -> tuple[Layout | None, StatesSize | None]:
+    """What is to be computed; where one process alone has read the weights, it alone knows."""
+    if process()[0] > 0 and not any(map(is_spread, model.parameters())):
+        return None, None
+    size = states_size(model, examples, dtype)
+    part_size = max(1, round(PART_BYTES / size.num_bytes * len(examples)))
+    layout = Layout(
+        made_for=made_for(model, examples, dtype),
+        num_examples=len(examples),
+        part_size=min(part_size, len(examples)),
+    )
+    return layout, size
 
 
 def check_frozen_parts(model: "ComposedForCausalLM") -> None:
     """Refuse a model whose hidden states training does change.
 
     Raises:
-        ValueError: Naming a parameter.
+        ValueError: Naming a parameter, or what else stands in the way.
     """
+    for name, scale in model.config.scales.items():
+        if scale == 0:
+            raise ValueError(
+                f"augmenting model {name!r} is switched off (its scale is 0), so that it gives no "
+                "hidden states; use set_scale first"
+            )
+    if getattr(model.config.get_text_config(), "num_kv_shared_layers", 0):
+        raise ValueError(
+            f"{type(model.anchor).__name__} has layers that read the keys and values of lower "
+            "ones, which a pass on given hidden states does not run; train without a states cache"
+        )
     for part in (model.anchor, *model.augmenting.values()):
         for name, parameter in part.named_parameters():
             if parameter.requires_grad:
@@ -135,10 +172,8 @@ def check_frozen_parts(model: "ComposedForCausalLM") -> None:
 
 
 def is_whole(model: "ComposedForCausalLM") -> bool:
-    """Whether this process holds all weights, or can fetch them where they are offloaded to."""
-    bases = (model.anchor, *model.augmenting.values())
-    is_here = all(decoder.device_of(base).type != "meta" for base in bases)
-    return is_here and not any(map(is_spread, model.parameters()))
+    """Whether every process holds all weights; with FSDP only the first reads them."""
+    return not is_fsdp_enabled() and not any(map(is_spread, model.parameters()))
 
 
 # ---- what the states depend on -----------------------------------------------------------
@@ -146,51 +181,51 @@ def is_whole(model: "ComposedForCausalLM") -> bool:
 
 def made_for(model: "ComposedForCausalLM", examples: Any, dtype: str) -> dict[str, Any]:
     """All that the states depend on, in the words of a message, each with a hash or value."""
-    take_fingerprints(model)
+    bases = {"anchor": model.anchor, **model.augmenting}
     facts: dict[str, Any] = {"the data": data_hash(examples)}
-    for name, base in {"anchor": model.anchor, **model.augmenting}.items():
-        known: Any = model.config.bases[name]["fingerprint"]
-        config = {k: v for k, v in base.config.to_dict().items() if k not in VOLATILE}
-        facts_of_base: list[Any] = [config, known["dtype"], known["weights"]]
-        if known["weights"] is None:  # packed or offloaded
-            facts_of_base += [
-                base.config.name_or_path,
-                base.config.to_dict().get("quantization_config"),
-            ]
-        if name != "anchor" and model.config.alignments[name] != "identity":
-            facts_of_base += [known["tokenizer"], model.config.alignments[name]]
-        role = "the anchor" if name == "anchor" else f"augmenting model {name!r}"
-        facts[role] = hash_of(facts_of_base)
+    facts |= {role_of(name): hash_of(facts_of(base)) for name, base in bases.items()}
     facts["the connected layers"] = connected_layers(model.model)
     facts["what is read"] = model.config.reads
+    facts["the alignment"] = dict(model.config.alignments)
+    facts["the tokenizers"] = hash_of(facts_of_tokenizers(model))
     facts["the precision"] = [dtype, autocast_dtype(model.device)]
     return json.loads(json.dumps(facts))
 
 
-def take_fingerprints(model: "ComposedForCausalLM") -> None:
-    """Know the frozen models; of several processes only the first may have read their weights."""
-    rank, num_processes = process()
-    if rank == 0 or any(map(is_spread, model.parameters())):
-        model.take_fingerprints()
-    if num_processes > 1:
-        model.config.bases = broadcast_object_list([model.config.bases])[0]
+def facts_of(base: PreTrainedModel) -> list[Any]:
+    """What the hidden states of a frozen model depend on, as the model is now.
+
+    Weights that are offloaded are known by where they came from.
+    """
+    config = {k: v for k, v in base.config.to_dict().items() if k not in VOLATILE}
+    computed = [base.config._attn_implementation, base.dtype, decoder.quantization_of(base)]
+    adapters = [adapter.active_adapters for adapter in decoder.trainable_adapters(base)]
+    weights = hashlib.sha256()
+    for name, tensor in sorted(decoder.trunk(base).named_parameters()):
+        for inner in decoder.inner_tensors(tensor):
+            weights.update(f"{name} {inner.dtype} {whole_shape(inner)}\n".encode())
+            if inner.is_meta:
+                weights.update(str(reference(base)).encode())
+            else:
+                plain = whole(inner).cpu().contiguous().reshape(-1)
+                weights.update(plain.view(torch.uint8).numpy().data)
+    return [config, computed, adapters, weights.hexdigest()]
+
+
+def facts_of_tokenizers(model: "ComposedForCausalLM") -> dict[str, Any]:
+    """The tokenizers by which text is read, with added tokens and chat templates, if any is."""
+    if set(model.config.alignments.values()) == {"identity"}:
+        return {}
+    assert model.processor is not None
+    return {
+        name: [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template]
+        for name, tokenizer in model.processor.all_tokenizers.items()
+    }
 
 
 def hash_of(value: Any) -> str:
     """SHA-256 of plain data."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def data_hash(examples: Any) -> str:
-    """SHA-256 over the tokens and labels of all examples."""
-    digest = hashlib.sha256()
-    for index in range(len(examples)):
-        example = examples[index]
-        for name in ("input_ids", "labels", "read_ids"):
-            values = torch.as_tensor(example.get(name) or [], dtype=torch.long)
-            digest.update(f"{name} {len(values)}\n".encode())
-            digest.update(values.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def autocast_dtype(device: torch.device) -> str | None:
@@ -200,46 +235,43 @@ def autocast_dtype(device: torch.device) -> str | None:
     return str(torch.get_autocast_dtype(device.type)).removeprefix("torch.")
 
 
-def agree(folder: Path, layout: Layout) -> Layout:
+def agree(
+    layout: Layout | None, size: StatesSize | None, folder: Path
+) -> tuple[Layout, StatesSize]:
     """The layout of what is in the folder, or this one, which is written there.
+
+    Args:
+        layout, size: Of the first process, at least.
+        folder: Of the cache.
 
     Raises:
         ValueError: If the folder holds the states of something else.
     """
+    if process()[1] > 1:
+        layout, size = broadcast_object_list([layout, size])
+    assert layout is not None
+    assert size is not None
     there = read_layout(folder)
-    if there is not None:
-        differs = sorted(
-            name
-            for name in {**there.made_for, **layout.made_for}
-            if there.made_for.get(name) != layout.made_for.get(name)
+    barrier()  # all have looked before anything is written
+    if there is None:
+        if process()[0] == 0:
+            write_layout(folder, layout)
+        barrier()
+        return layout, size
+    differs = sorted(
+        name
+        for name in {**there.made_for, **layout.made_for}
+        if there.made_for.get(name) != layout.made_for.get(name)
+    )
+    if differs:
+        raise ValueError(
+            f"{folder} holds hidden states that were computed for something else: "
+            f"{' and '.join(differs)} changed since; delete the folder, or choose another one"
         )
-        if differs:
-            raise ValueError(
-                f"{folder} holds hidden states that were computed for something else: "
-                f"{' and '.join(differs)} changed since; delete the folder, or choose another one"
-            )
-        return there
-    barrier()
-    if process()[0] == 0:
-        write_layout(folder, layout)
-    barrier()
-    return layout
+    return there, size
 
 
 # ---- what they take ----------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StatesSize:
-    """What hidden states take on disk.
-
-    Args:
-        num_bytes: In all.
-        is_exact: False if tokens of other tokenizers were estimated from some examples.
-    """
-
-    num_bytes: int
-    is_exact: bool
 
 
 def states_size(model: "ComposedForCausalLM", examples: Any, dtype: str = "auto") -> StatesSize:
@@ -305,7 +337,7 @@ def inputs_of(model: "ComposedForCausalLM", rows: Sequence[Mapping[str, Any]]) -
         input_ids=stack("input_ids", 0),
         attention_mask=mask.to(model.device),
         prompt_mask=prompt_of(stack("labels", IGNORED)) if prompt_only else None,
-        read_ids=stack("read_ids", 0) if rows[0].get("read_ids") else None,
+        read_ids=None if rows[0].get("read_ids") is None else stack("read_ids", 0),
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, StaticCache, StaticLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -424,7 +424,7 @@ class ComposedModel(ComposedPreTrainedModel):
             use_cache = use_cache and getattr(self.config.get_text_config(), "use_cache", True)
         cache = self.resolve_cache(past_key_values, use_cache)
         if inputs.frozen_states is not None:
-            check_frozen(cache, options)
+            check_frozen(cache, options, self.config.get_text_config())
         forward_pass = self.begin(inputs, cache)
         assert inputs.input_ids is not None
         if inputs.frozen_states is not None:
@@ -483,13 +483,16 @@ class ComposedModel(ComposedPreTrainedModel):
         return output.to_tuple() if return_dict is False else output
 
 
-def check_frozen(cache: ComposedCache | None, options: Mapping[str, Any]) -> None:
+def check_frozen(
+    cache: ComposedCache | None, options: Mapping[str, Any], config: PreTrainedConfig
+) -> None:
     """Refuse what given hidden states cannot serve.
 
     Raises:
         ValueError: If a cache would miss the layers that are not run, or their output is asked for.
     """
-    unseen = [name for name in ("output_hidden_states", "output_attentions") if options.get(name)]
+    of_all_layers = ("output_hidden_states", "output_attentions", "output_router_logits")
+    unseen = [name for name in of_all_layers if options.get(name, getattr(config, name, False))]
     if cache is not None:
         unseen.append("use_cache")
     if unseen:

@@ -440,12 +440,15 @@ def num_bytes(module: nn.Module) -> int:
     return sum(
         math.prod(whole_shape(inner)) * inner.element_size()
         for parameter in module.parameters()
-        for inner in (
-            [getattr(parameter, name) for name in parameter.__tensor_flatten__()[0]]
-            if hasattr(parameter, "__tensor_flatten__") and not is_spread(parameter)
-            else [parameter]
-        )
+        for inner in inner_tensors(parameter)
     )
+
+
+def inner_tensors(parameter: Tensor) -> list[Tensor]:
+    """What a parameter is stored in: itself, or the tensors that torchao's is put around."""
+    if hasattr(parameter, "__tensor_flatten__") and not is_spread(parameter):
+        return [getattr(parameter, name) for name in parameter.__tensor_flatten__()[0]]
+    return [parameter]
 
 
 def keep_unpacked(model: PreTrainedModel, role: str) -> None:

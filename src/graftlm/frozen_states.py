@@ -134,9 +134,11 @@ def record_anchor(
     forward_pass.running = RECORDING
     was_training = model.training
     model.train(False)  # else layers would be checkpointed, for a backward pass that never comes
-    with forward_pass, torch.no_grad():
-        view(input_ids=input_ids.to(model.device), **arguments)
-    model.train(was_training)
+    try:
+        with forward_pass, torch.no_grad():
+            view(input_ids=input_ids.to(model.device), **arguments)
+    finally:
+        model.train(was_training)
 
 
 def with_submodule(module: Any, path: list[str], replacement: Any) -> Any:

@@ -29,13 +29,16 @@ class GrowingLayer(DynamicLayer):
     ) -> tuple[Tensor, Tensor]:
         """Append keys and values (batch, heads, new, head_dim); returns all of them."""
         # A backward pass may still need what writing in place would change.
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        past = self.get_seq_length()
+        unlike = past > 0 and not (
+            is_like(key_states, self.keys) and is_like(value_states, self.values)
+        )
+        if unlike or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        past = self.get_seq_length()
         length = past + key_states.shape[-2]
-        if self.room is None or not self.has_room(self.room[0], length):
+        if not self.has_room(length):
             self.room = (
                 roomy(self.keys, key_states, length),
                 roomy(self.values, value_states, length),
@@ -46,17 +49,27 @@ class GrowingLayer(DynamicLayer):
         self.keys, self.values = keys[..., :length, :], values[..., :length, :]
         return self.keys, self.values
 
-    def has_room(self, room: Tensor, length: int) -> bool:
-        """Whether the keys are still the beginning of the room, and more fit behind them."""
-        is_ours = self.keys.data_ptr() == room.data_ptr() and self.keys.stride() == room.stride()
-        is_writable = not room.is_inference() or torch.is_inference_mode_enabled()
-        same_rows = self.keys.shape[:2] == room.shape[:2]
-        return is_ours and same_rows and is_writable and length <= room.shape[-2]
+    def has_room(self, length: int) -> bool:
+        """Whether keys and values are still the beginnings of their rooms, and more fit behind."""
+        return self.room is not None and all(
+            filled.data_ptr() == room.data_ptr()
+            and filled.stride() == room.stride()
+            and filled.shape[:2] == room.shape[:2]
+            and length <= room.shape[-2]
+            and (not room.is_inference() or torch.is_inference_mode_enabled())
+            for filled, room in zip((self.keys, self.values), self.room, strict=True)
+        )
 
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
         self.room = None
+
+
+def is_like(new: Tensor, old: Tensor) -> bool:
+    """Whether new tokens differ from the old ones in their number only."""
+    same_shape = new.shape[:2] == old.shape[:2] and new.shape[-1] == old.shape[-1]
+    return same_shape and new.dtype == old.dtype and new.device == old.device
 
 
 def roomy(filled: Tensor, new: Tensor, length: int) -> Tensor:
@@ -69,7 +82,12 @@ def roomy(filled: Tensor, new: Tensor, length: int) -> Tensor:
 
 
 def let_grow(cache: Cache) -> Cache:
-    """Give an empty dynamic cache layers of this kind; others (sliding, static) stay."""
+    """Give an empty dynamic cache layers of this kind; others (sliding, static) stay.
+
+    A cache that is offloaded stays as it is: what is moved away must be all there is.
+    """
+    if cache.offloading:
+        return cache
     cache.layers = [GrowingLayer() if type(x) is DynamicLayer else x for x in cache.layers]
     if cache.layer_class_to_replicate is DynamicLayer:
         cache.layer_class_to_replicate = GrowingLayer

@@ -6,6 +6,7 @@ FOLDER/states-00007.safetensors   part 7: the states of so many examples, one te
 A part appears complete or not at all, so that work that was stopped goes on with the next one.
 """
 
+import hashlib
 import json
 import os
 from collections import OrderedDict
@@ -23,6 +24,7 @@ from torch.utils.data import Dataset
 FILE = "states.json"
 FORMAT = 1
 LENGTHS = "lengths"  # of a part's file: tokens of each example, by part of the model
+MADE_FOR = "made_for"  # in the metadata of a part's file
 OPEN_PARTS = 64  # a file that is open costs memory for its header, and addresses for its pages
 
 
@@ -41,6 +43,12 @@ class Layout:
     num_examples: int
     part_size: int
     format_version: int = FORMAT
+
+    @property
+    def key(self) -> str:
+        """What every part's file says of what it was computed for."""
+        facts = json.dumps(self.made_for, sort_keys=True)
+        return hashlib.sha256(facts.encode()).hexdigest()
 
     @property
     def num_parts(self) -> int:
@@ -78,7 +86,7 @@ def read_layout(folder: Path) -> Layout | None:
 def write_layout(folder: Path, layout: Layout) -> None:
     """Write `states.json`."""
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{FILE}"
+    temporary = folder / f".{FILE}.{os.getpid()}"
     temporary.write_text(json.dumps(asdict(layout), indent=2), encoding="utf-8")
     temporary.replace(folder / FILE)
 
@@ -89,17 +97,33 @@ def part_path(folder: Path, number: int) -> Path:
 
 
 def missing_parts(folder: Path, layout: Layout) -> list[int]:
-    """The parts that are still to be computed."""
-    return [n for n in range(layout.num_parts) if not part_path(folder, n).exists()]
+    """The parts that are still to be computed; those of something else are computed again."""
+    return [n for n in range(layout.num_parts) if made_for_of(part_path(folder, n)) != layout.key]
+
+
+def made_for_of(path: Path) -> str | None:
+    """What a part's file says it was computed for, or None if there is no such file."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get(MADE_FOR)
+    except SafetensorError:  # damaged from outside: to be computed again
+        return None
 
 
 def write_part(
-    folder: Path, number: int, examples: Sequence[Mapping[str, Tensor]], lengths: Mapping[str, str]
+    folder: Path,
+    layout: Layout,
+    number: int,
+    examples: Sequence[Mapping[str, Tensor]],
+    lengths: Mapping[str, str],
 ) -> None:
     """Write one part.
 
     Args:
         folder: Of the cache.
+        layout: What the states are computed for.
         number: Of the part.
         examples: For each example its states by name, (tokens, d).
         lengths: Name of one layer of each part of the model, by whose states tokens are counted.
@@ -113,7 +137,7 @@ def write_part(
     path = part_path(folder, number)
     temporary = folder / f".{path.name}.{os.getpid()}"
     try:
-        save_file(tensors, temporary)
+        save_file(tensors, temporary, metadata={MADE_FOR: layout.key})
         with temporary.open("rb") as file:
             os.fsync(file.fileno())  # a disk may say only here that it is full
         temporary.replace(path)
@@ -196,12 +220,12 @@ class StatesCache:
             examples: The data the states were computed for, in the same order.
 
         Raises:
-            ValueError: If it is not as long.
+            ValueError: If it is not.
         """
-        if len(examples) != len(self):
+        if data_hash(examples) != self.layout.made_for["the data"]:
             raise ValueError(
-                f"there are {len(examples)} examples, but {self.folder} holds the hidden states of "
-                f"{len(self)}"
+                f"these {len(examples)} examples are not the {len(self)} whose hidden states "
+                f"{self.folder} holds, or not in their order"
             )
         return WithStates(examples, self)
 
@@ -218,6 +242,40 @@ class WithStates(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {**self.examples[index], "frozen_states": self.states[index]}
+
+
+def data_hash(examples: Any) -> str:
+    """SHA-256 over the tokens and labels of all examples, in order.
+
+    Raises:
+        ValueError: If an example is padded or packed, which states are not computed for.
+    """
+    digest = hashlib.sha256()
+    for index in range(len(examples)):
+        example = examples[index]
+        check_example(example, index)
+        for name in ("input_ids", "labels", "read_ids"):
+            column = example.get(name)
+            values = torch.as_tensor([] if column is None else column, dtype=torch.long)
+            digest.update(f"{name} {len(values)} {column is None}\n".encode())
+            digest.update(values.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_example(example: Mapping[str, Any], index: int) -> None:
+    """Refuse what changes hidden states and is not theirs to know.
+
+    Raises:
+        ValueError: Naming the column.
+    """
+    mask = example.get("attention_mask")
+    is_padded = mask is not None and not bool(torch.as_tensor(mask).all())
+    if is_padded or example.get("position_ids") is not None:
+        name = "attention_mask with zeros" if is_padded else "position_ids"
+        raise ValueError(
+            f"example {index} has {name}, but hidden states are kept of whole texts, one an "
+            "example; pad in the collator, and do not pack"
+        )
 
 
 def pad_states(
