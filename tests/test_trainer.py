@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 from graftlm import CheckpointMismatchError, ComposedTrainer, compose
 from graftlm.optimizer_state import check_writable, gather, read, restore, write
 from graftlm.recipe import Recipe
-from graftlm.trainer import check_layout
+from graftlm.trainer import check_layout, check_precision
 from graftlm.training import prepare
 from test_training import assert_same, weights
 from tiny import save_pair, sums, write_lines
@@ -174,3 +174,9 @@ def test_older_ways_to_spread_a_model_are_refused() -> None:
         ValueError, match="zero_stage is 2, but graftlm trains with zero_stage 3 on"
     ):
         check_layout("zero_stage", 2, 3)
+
+
+def test_float16_under_deepspeed_is_refused() -> None:
+    check_precision(False)
+    with pytest.raises(ValueError, match="fp16 is on, but under DeepSpeed a resumed run would sta"):
+        check_precision(True)

@@ -39,6 +39,7 @@ class ComposedTrainer(Trainer):
             check_layout("fsdp_version", state.fsdp_plugin.fsdp_version, 2)
         if self.is_deepspeed_enabled:
             check_layout("zero_stage", state.deepspeed_plugin.zero_stage, 3)
+            check_precision(self.args.fp16)
         # While the frozen weights are as they were loaded. Under ZeRO-3 they are spread already,
         # and to see them takes every process; with FSDP2 only the first may have read them.
         if self.is_deepspeed_enabled or self.is_world_process_zero():
@@ -163,4 +164,17 @@ def check_layout(setting: str, found: int, needed: int) -> None:
         raise ValueError(
             f"{setting} is {found}, but graftlm trains with {setting} {needed} only; change it in "
             "the configuration of accelerate"
+        )
+
+
+def check_precision(is_fp16: bool) -> None:
+    """Refuse float16 under DeepSpeed, whose changing scale of the loss no checkpoint would hold.
+
+    Raises:
+        ValueError: If it is asked for.
+    """
+    if is_fp16:
+        raise ValueError(
+            "fp16 is on, but under DeepSpeed a resumed run would start with another scale of the "
+            "loss; use bf16"
         )
