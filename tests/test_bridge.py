@@ -30,10 +30,12 @@ def test_slopes_fall_from_8_to_a_half_and_a_quarter_of_the_heads_is_free():
 
 
 def test_distance_bias_is_minus_slope_times_tokens_back():
-    bias = distance_bias(2, torch.tensor([[3, 4]]), torch.tensor([[0, 2, 4]]))
+    visible = torch.tensor([[[True, True, False], [True, True, True]]])
+    bias = distance_bias(2, torch.tensor([[3, 4]]), torch.tensor([[0, 2, 4]]), visible)
     assert bias.shape == (1, 2, 2, 3)
-    assert bias[0, 0].tolist() == [[-24, -8, 8], [-32, -16, 0]]
-    assert bias[0, 1].tolist() == [[-3 / 2, -1 / 2, 1 / 2], [-4 / 2, -2 / 2, 0]]
+    least = torch.finfo(torch.float32).min
+    assert bias[0, 0].tolist() == [[-24, -8, least], [-32, -16, 0]]
+    assert bias[0, 1].tolist() == [[-3 / 2, -1 / 2, least], [-4 / 2, -2 / 2, 0]]
 
 
 def test_rotate_turns_the_two_halves_by_position():

@@ -347,3 +347,26 @@ def test_a_scaled_model_is_cached_exactly():
     model.set_scale("augmenting", 0.37)
     assert_cached_is_uncached(model, left_padded([9, 5]))
     assert_cached_is_uncached(model, left_padded([9, 5]), cache_implementation="static")
+
+
+# ---- long prompts ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("position", ["none", "distance", "rotary"])
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}])
+def test_a_prompt_aligned_in_blocks_is_one_aligned_whole(
+    position: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = {"small": tiny_llama(vocab_size=50), "whole": tiny_llama(seed=9)}
+    model = open_bridges(compose(tiny("llama"), pair, every=2, position=position))
+    batch = left_padded([11, 7, 2])
+    if options:  # tokens of their own have no static cache
+        model = open_bridges(compose(tiny("llama"), tiny_llama(), every=2, position=position))
+    whole = model.generate(**batch, max_new_tokens=6, do_sample=False, **options)
+    monkeypatch.setattr("graftlm.alignment.BLOCK", 4)
+    assert torch.equal(model.generate(**batch, max_new_tokens=6, do_sample=False, **options), whole)
+    assert_cached_is_uncached(model, batch, **options)
+    with torch.no_grad():
+        blocks = model(**batch, use_cache=True).logits
+        monkeypatch.setattr("graftlm.alignment.BLOCK", 100)
+        torch.testing.assert_close(blocks, model(**batch, use_cache=True).logits)

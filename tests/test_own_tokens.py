@@ -492,3 +492,15 @@ def test_masks_by_kind_go_to_the_models_device() -> None:
     )
     assert moved["attention_mask"]["full_attention"].device.type == "meta"
     assert moved["use_cache"] is True
+
+
+@pytest.mark.parametrize("alignment", ["committed", "prefix", "char_end"])
+def test_a_prompt_aligned_in_blocks_is_one_aligned_whole(
+    alignment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = open_pair(alignment=alignment), batch_of(*PROMPTS)
+    whole = generated(model, batch, 6)
+    monkeypatch.setattr("graftlm.alignment.BLOCK", 3)
+    blocks = generated(model, batch, 6)
+    assert torch.equal(blocks[0], whole[0])
+    torch.testing.assert_close(blocks[1], whole[1], atol=5e-6, rtol=1e-5)

@@ -62,6 +62,14 @@ class AugmentingTokens(TypedDict):
     chars: Tensor
 
 
+def columns_of(tokens: AugmentingTokens, start: int, end: int) -> AugmentingTokens:
+    """The same, as far as it concerns some of the anchor's tokens."""
+    of_anchor = ("visible", "hidden", "branch", "num_seen", "chars")
+    given: Any = tokens
+    made: Any = dict(given) | {name: given[name][:, start:end] for name in of_anchor}
+    return made
+
+
 class ReadingCache:
     """What is remembered of an augmenting model with tokens of its own.
 

@@ -186,11 +186,17 @@ def distance_bias(
     num_heads: int,
     query_positions: Real[Tensor, "#batch seq"],
     key_positions: Real[Tensor, "#batch aug_seq"],
+    visible: Bool[Tensor, "#batch seq aug_seq"],
 ) -> Float[Tensor, "#batch heads seq aug_seq"]:
-    """What "distance" adds to the scores: minus slope times how far back a key lies."""
-    distance = (query_positions[:, :, None] - key_positions[:, None, :]).float()
-    slopes = torch.tensor(distance_slopes(num_heads), device=distance.device)
-    return -slopes[:, None, None] * distance[:, None]
+    """What "distance" adds to the scores: minus slope times how far back a key lies.
+
+    Keys that are not visible get the least number instead. All in one pass over the result, which
+    is the largest tensor there is.
+    """
+    back = (query_positions[:, :, None] - key_positions[:, None, :]).float()
+    slopes = torch.tensor(distance_slopes(num_heads), device=back.device)
+    hidden = torch.zeros_like(back).masked_fill(~visible, torch.finfo(back.dtype).min)
+    return torch.addcmul(hidden[:, None], slopes[:, None, None], back[:, None], value=-1)
 
 
 def rotate(

@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from graftlm import decoder
-from graftlm.alignment import align, packed_segments, readable_keys
+from graftlm.alignment import Alignment, Blocks, align, packed_segments, readable_keys
 from graftlm.augmenting_tokens import AugmentingTokens, ReadingCache
 from graftlm.bases import role_of
 from graftlm.bridge import Bridge
@@ -296,18 +296,23 @@ class ComposedModel(ComposedPreTrainedModel):
         segments = None
         if cache is None and attention_mask is None and position_ids is not None:
             segments = packed_segments(position_ids.expand(batch, -1))
-        forward_pass.plan[name] = align(
-            past_length=past,
-            query_length=length,
-            kept_length=kept,
-            new_length=new,
-            key_length=key_length,
-            readable=readable_keys(part_of(attention_mask, "bridges"), prompt_mask, key_length),
-            segments=segments,
-            position=self.config.bridge.position,
-            num_heads=self.num_bridge_heads,
-            device=input_ids.device,
-        )
+        readable = readable_keys(part_of(attention_mask, "bridges"), prompt_mask, key_length)
+
+        def make(start: int, end: int) -> Alignment:
+            return align(
+                past_length=past + start,
+                query_length=end - start,
+                kept_length=kept,
+                new_length=new,
+                key_length=key_length,
+                readable=readable,
+                segments=segments,
+                position=self.config.bridge.position,
+                num_heads=self.num_bridge_heads,
+                device=input_ids.device,
+            )
+
+        forward_pass.plan[name] = Blocks(make, length, cache is not None)
 
     def capture(self, forward_pass: ForwardPass, name: str, arguments: dict[str, Any]) -> None:
         """Run one augmenting model; its hooks keep the hidden states we read."""
@@ -388,17 +393,22 @@ class ComposedModel(ComposedPreTrainedModel):
             name = connection.augmenting
             if connection.anchor_layer != layer or name not in forward_pass.plan:
                 continue
-            alignment = forward_pass.plan[name]
-            update = self.bridges[index](
-                hidden_states,
-                forward_pass.states.get((name, connection.augmenting_layer)),
-                cross_mask=alignment.cross_mask,
-                query_positions=alignment.query_positions,
-                key_positions=alignment.new_key_positions,
-                past_key_values=cache,
-            )
-            if alignment.any_visible is not None:
-                update = torch.where(alignment.any_visible.to(update.device), update, 0.0)
+            states = forward_pass.states.get((name, connection.augmenting_layer))
+            updates = []
+            for rows, alignment in forward_pass.plan[name]:
+                update = self.bridges[index](
+                    hidden_states[:, rows],
+                    states,
+                    cross_mask=alignment.cross_mask,
+                    query_positions=alignment.query_positions,
+                    key_positions=alignment.new_key_positions,
+                    past_key_values=cache,
+                )
+                if alignment.any_visible is not None:
+                    update = torch.where(alignment.any_visible.to(update.device), update, 0.0)
+                updates.append(update)
+                states = None  # the first block has put them into the cache
+            update = updates[0] if len(updates) == 1 else torch.cat(updates, dim=1)
             scale = self.config.scales[name]
             result = result + (update if scale == 1 else update * scale)
         return result

@@ -8,11 +8,12 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from graftlm import decoder
-from graftlm.alignment import align_by_rank
+from graftlm.alignment import Alignment, Blocks, align_by_rank
 from graftlm.augmenting_tokens import (
     HOLE,
     AugmentingTokens,
     ReadingCache,
+    columns_of,
     keeps_keys_only,
     read_batch,
     read_documents,
@@ -58,15 +59,19 @@ def run_reader(
     elif tokens["ranks"].shape[1]:
         check_context(view, name, tokens)
         run_read_tokens(model, forward_pass, name, tokens, reading)
-    forward_pass.plan[name] = align_by_rank(
-        tokens,
-        ranks,
-        ends,
-        branches,
-        position=model.config.bridge.position,
-        unit=distance_unit(model, name),
-        num_heads=model.num_bridge_heads,
-    )
+
+    def make(start: int, end: int) -> Alignment:
+        return align_by_rank(
+            columns_of(tokens, start, end),
+            ranks,
+            ends,
+            branches,
+            position=model.config.bridge.position,
+            unit=distance_unit(model, name),
+            num_heads=model.num_bridge_heads,
+        )
+
+    forward_pass.plan[name] = Blocks(make, tokens["visible"].shape[1], reading is not None)
 
 
 def read_tokens(model: "ComposedModel", name: str, inputs: "PassInputs") -> AugmentingTokens:
