@@ -363,10 +363,11 @@ def test_a_prompt_aligned_in_blocks_is_one_aligned_whole(
     if options:  # tokens of their own have no static cache
         model = open_bridges(compose(tiny("llama"), tiny_llama(), every=2, position=position))
     whole = model.generate(**batch, max_new_tokens=6, do_sample=False, **options)
-    monkeypatch.setattr("graftlm.alignment.BLOCK", 4)
+    monkeypatch.setattr("graftlm.alignment.WHOLE", 1)
+    monkeypatch.setattr("graftlm.alignment.BLOCK", 700)
     assert torch.equal(model.generate(**batch, max_new_tokens=6, do_sample=False, **options), whole)
     assert_cached_is_uncached(model, batch, **options)
     with torch.no_grad():
         blocks = model(**batch, use_cache=True).logits
-        monkeypatch.setattr("graftlm.alignment.BLOCK", 100)
+        monkeypatch.setattr("graftlm.alignment.WHOLE", 10**9)
         torch.testing.assert_close(blocks, model(**batch, use_cache=True).logits)

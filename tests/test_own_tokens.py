@@ -500,7 +500,8 @@ def test_a_prompt_aligned_in_blocks_is_one_aligned_whole(
 ) -> None:
     model, batch = open_pair(alignment=alignment), batch_of(*PROMPTS)
     whole = generated(model, batch, 6)
-    monkeypatch.setattr("graftlm.alignment.BLOCK", 3)
+    monkeypatch.setattr("graftlm.alignment.WHOLE", 1)
+    monkeypatch.setattr("graftlm.alignment.BLOCK", 700)
     blocks = generated(model, batch, 6)
     assert torch.equal(blocks[0], whole[0])
     torch.testing.assert_close(blocks[1], whole[1], atol=5e-6, rtol=1e-5)

@@ -36,7 +36,8 @@ class Alignment:
     any_visible: Bool[Tensor, "#batch seq 1"] | None
 
 
-BLOCK = 512  # anchor tokens of a long prompt that are aligned at once
+WHOLE = 2**26  # numbers of a mask (256 MB) up to which it is made once, for all bridges
+BLOCK = 2**24  # numbers of the mask of one block of a longer prompt
 
 
 class Blocks:
@@ -48,21 +49,25 @@ class Blocks:
     Args:
         make: Aligns the tokens from a first to a last (exclusive).
         length: How many there are.
+        width: Numbers a row of the mask has, for all rows of the batch.
         is_cached: Whether keys come from a cache, so that blocks can share them.
     """
 
-    def __init__(self, make: Callable[[int, int], Alignment], length: int, is_cached: bool):
+    def __init__(
+        self, make: Callable[[int, int], Alignment], length: int, width: int, is_cached: bool
+    ):
         may_split = is_cached and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         self.make = make
         self.length = length
-        self.whole = None if may_split and length > BLOCK else make(0, length)
+        self.size = max(1, BLOCK // width)
+        self.whole = None if may_split and length * width > WHOLE else make(0, length)
 
     def __iter__(self) -> Iterator[tuple[slice, Alignment]]:
         if self.whole is not None:
             yield slice(0, self.length), self.whole
             return
-        for start in range(0, self.length, BLOCK):
-            end = min(start + BLOCK, self.length)
+        for start in range(0, self.length, self.size):
+            end = min(start + self.size, self.length)
             yield slice(start, end), self.make(start, end)
 
 
@@ -98,7 +103,7 @@ def align(
     if segments is not None:
         visible = visible & (segments[:, :, None] == segments[:, None, :key_length])
     if readable is not None:
-        visible = visible & readable[:, None, :]
+        visible = visible & readable[:, None, :key_length]
         any_visible = visible.any(-1, keepdim=True)
         # A row without any key would be NaN; it reads all of them, and its update is dropped.
         visible = visible | ~any_visible

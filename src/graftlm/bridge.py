@@ -88,8 +88,8 @@ class Bridge(GradientCheckpointingLayer):
             augmenting_states: H_Ai of the tokens that are not in the cache yet; None reads only
                 what the cache holds.
             cross_mask: True where a position may read, or a float tensor that is added to the
-                attention scores. None is plain causal attention if all keys are new, and reads
-                every key otherwise.
+                attention scores; it may leave out the last keys. None is plain causal attention
+                if all keys are new, and reads every key otherwise.
             query_positions, key_positions: Positions in tokens, used by "rotary".
             past_key_values: The cache of all bridges; this bridge owns layer `index`.
         """
@@ -110,6 +110,8 @@ class Bridge(GradientCheckpointingLayer):
         if cross_mask is not None:
             kind = query.dtype if cross_mask.is_floating_point() else torch.bool
             cross_mask = cross_mask.to(query.device, kind)
+            seen = cross_mask.shape[-1]
+            keys, values = keys[:, :, :seen], values[:, :, :seen]
         read = F.scaled_dot_product_attention(
             query, keys, values, attn_mask=cross_mask, is_causal=is_causal
         )

@@ -296,15 +296,18 @@ class ComposedModel(ComposedPreTrainedModel):
         segments = None
         if cache is None and attention_mask is None and position_ids is not None:
             segments = packed_segments(position_ids.expand(batch, -1))
+        width = batch * self.num_bridge_heads * key_length
         readable = readable_keys(part_of(attention_mask, "bridges"), prompt_mask, key_length)
 
         def make(start: int, end: int) -> Alignment:
+            # No token of a block reads what lies behind its last one.
+            seen = key_length if end == length else min(key_length, int(past) + end)
             return align(
                 past_length=past + start,
                 query_length=end - start,
                 kept_length=kept,
                 new_length=new,
-                key_length=key_length,
+                key_length=seen,
                 readable=readable,
                 segments=segments,
                 position=self.config.bridge.position,
@@ -312,7 +315,7 @@ class ComposedModel(ComposedPreTrainedModel):
                 device=input_ids.device,
             )
 
-        forward_pass.plan[name] = Blocks(make, length, cache is not None)
+        forward_pass.plan[name] = Blocks(make, length, width, cache is not None)
 
     def capture(self, forward_pass: ForwardPass, name: str, arguments: dict[str, Any]) -> None:
         """Run one augmenting model; its hooks keep the hidden states we read."""

@@ -71,7 +71,8 @@ def run_reader(
             num_heads=model.num_bridge_heads,
         )
 
-    forward_pass.plan[name] = Blocks(make, tokens["visible"].shape[1], reading is not None)
+    width = ranks.numel() * model.num_bridge_heads
+    forward_pass.plan[name] = Blocks(make, tokens["visible"].shape[1], width, reading is not None)
 
 
 def read_tokens(model: "ComposedModel", name: str, inputs: "PassInputs") -> AugmentingTokens:
