@@ -25,7 +25,7 @@ test: $(BIN)/.installed
 	$(TEST_ENV) $(BIN)/pytest -n auto --maxprocesses 8
 
 test-slow: $(BIN)/.installed
-	$(TEST_ENV) $(BIN)/pytest -n auto --maxprocesses 8 -m slow
+	$(TEST_ENV) $(BIN)/pytest -n auto --maxprocesses 8 --dist loadgroup -m slow
 
 check: $(BIN)/.installed
 	$(BIN)/ruff format --check

@@ -29,7 +29,8 @@ needs_deepspeed = pytest.mark.skipif(
     reason="deepspeed, or the compiler it needs on a CPU, is not installed",
 )
 LAYOUTS = ["ddp", "fsdp2", pytest.param("zero3", marks=needs_deepspeed)]
-pytestmark = pytest.mark.slow
+# In one worker, which makes each run once.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("distributed")]
 Run = Callable[..., Path]
 
 
