@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 SPARE = 0.25  # of the length, kept free whenever the room has become too small
@@ -33,7 +34,8 @@ class GrowingLayer(DynamicLayer):
         unlike = past > 0 and not (
             is_like(key_states, self.keys) and is_like(value_states, self.values)
         )
-        if unlike or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        is_traced = torch.compiler.is_compiling() or isinstance(key_states, FakeTensor)
+        if unlike or is_traced or torch.is_grad_enabled():
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
