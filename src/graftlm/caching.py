@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from jaxtyping import Float, Int
 from rich.console import Console
 from rich.progress import Progress
@@ -248,7 +247,9 @@ def agree(
         ValueError: If the folder holds the states of something else.
     """
     if process()[1] > 1:
-        layout, size = broadcast_object_list([layout, size])
+        agreed: list[Any] = [layout, size]
+        torch.distributed.broadcast_object_list(agreed)
+        layout, size = agreed
     assert layout is not None
     assert size is not None
     there = read_layout(folder)
