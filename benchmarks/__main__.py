@@ -1,6 +1,6 @@
 """Measure what composing costs, as ratios within one run.
 
-    python -m benchmarks                       about 20 minutes on 2 cores
+    python -m benchmarks                       about 45 minutes on 2 cores
     python -m benchmarks --quick --only training,decoding
     python -m benchmarks --only peers --peer CHECKOUT --peer-python PYTHON
 
@@ -144,7 +144,7 @@ def parse(words: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--quick", action="store_true", help="short prompts and few points: about 3 minutes")
+    add("--quick", action="store_true", help="short prompts and few points: a few minutes")
     add("--only", default="", help=f"sections, of {','.join(SECTIONS)} (default: all)")
     add("--shape", choices=SIZES, default="large" if has_gpu else "small", help="the models' size")
     add("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU")
