@@ -35,7 +35,7 @@ from graftlm import (
 from graftlm.recipe import Recipe
 from graftlm.resuming import Interruption
 from graftlm.training import prepare
-from tiny import save_pair, sums, write_lines
+from tiny import quick_recipe, save_pair
 from two_tokenizers import TEXT, byte_tokenizer, compose_pair, word_tokenizer
 
 every_family = pytest.mark.parametrize(
@@ -520,21 +520,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 @pytest.fixture
 def values(models: tuple[str, str], tmp_path: Path) -> dict[str, Any]:
-    return {
-        "anchor": models[0],
-        "augmenting": models[1],
-        "data": write_lines(tmp_path / "data.jsonl", *sums(20)),
-        "output_dir": str(tmp_path / "out"),
-        "connections": ["1-1", "2-3"],
-        "eval_fraction": 0.2,
-        "training": {
-            "max_steps": 12,
-            "per_device_train_batch_size": 3,
-            "learning_rate": 0.01,
-            "save_steps": 4,
-            "logging_steps": 1,
-        },
-    }
+    recipe = quick_recipe(models, tmp_path, logging_steps=1)
+    return recipe | {"every": None, "connections": ["1-1", "2-3"], "eval_fraction": 0.2}
 
 
 def losses(folder: str) -> list[float]:

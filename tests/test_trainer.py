@@ -18,7 +18,7 @@ from graftlm.recipe import Recipe
 from graftlm.trainer import check_layout, check_precision
 from graftlm.training import prepare
 from test_training import assert_same, weights
-from tiny import save_pair, sums, write_lines
+from tiny import quick_recipe, save_pair
 
 
 @pytest.fixture(scope="module")
@@ -28,19 +28,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 @pytest.fixture
 def values(models: tuple[str, str], tmp_path: Path) -> dict[str, Any]:
-    return {
-        "anchor": models[0],
-        "augmenting": models[1],
-        "data": write_lines(tmp_path / "data.jsonl", *sums(12)),
-        "output_dir": str(tmp_path / "out"),
-        "every": 2,
-        "training": {
-            "max_steps": 4,
-            "per_device_train_batch_size": 3,
-            "learning_rate": 0.01,
-            "save_steps": 2,
-        },
-    }
+    return quick_recipe(models, tmp_path, max_steps=4, save_steps=2)
 
 
 def train(values: dict[str, Any], resume: bool = False) -> Path:

@@ -23,7 +23,7 @@ from graftlm.recipe import Recipe, parse_connection, read_yaml
 from graftlm.resuming import Interruption, last_checkpoint
 from graftlm.sizes import bridge_parameters, part_sizes, trainable_share, training_memory
 from graftlm.training import Training, prepare, training_arguments
-from tiny import save_model, save_pair, sums, write_lines
+from tiny import quick_recipe, save_model, save_pair, sums, write_lines
 
 NEEDED = {"anchor": "a", "augmenting": "b", "data": "d.jsonl", "output_dir": "out"}
 
@@ -35,20 +35,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 @pytest.fixture
 def values(models: tuple[str, str], tmp_path: Path) -> dict[str, Any]:
-    """A recipe of 12 quick steps that tells when anything is done in another order."""
-    return {
-        "anchor": models[0],
-        "augmenting": models[1],
-        "data": write_lines(tmp_path / "data.jsonl", *sums(20)),
-        "output_dir": str(tmp_path / "out"),
-        "every": 2,
-        "training": {
-            "max_steps": 12,
-            "per_device_train_batch_size": 3,
-            "learning_rate": 0.01,
-            "save_steps": 4,
-        },
-    }
+    return quick_recipe(models, tmp_path)
 
 
 def train(values: dict[str, Any], resume: bool = False, **changes: Any) -> Training:

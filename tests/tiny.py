@@ -83,3 +83,16 @@ def write_lines(path: Path, *rows: Any) -> str:
 def sums(count: int) -> list[dict[str, str]]:
     """Rows with a prompt and a completion."""
     return [{"prompt": f"{i}+{i + 1}=", "completion": str(2 * i + 1)} for i in range(count)]
+
+
+def quick_recipe(models: tuple[str, str], folder: Path, **training: Any) -> dict[str, Any]:
+    """A recipe of 12 quick steps that tells when anything is done in another order."""
+    steps = {"max_steps": 12, "per_device_train_batch_size": 3, "save_steps": 4}
+    return {
+        "anchor": models[0],
+        "augmenting": models[1],
+        "data": write_lines(folder / "data.jsonl", *sums(20)),
+        "output_dir": str(folder / "out"),
+        "every": 2,
+        "training": steps | {"learning_rate": 0.01} | training,
+    }
