@@ -25,21 +25,24 @@ class Curve:
         name: Of the plot's file.
         x: What grows, as the axis says it.
         points: (how much, the setting with that much).
+        rounds: At most so many, where one takes minutes.
     """
 
     name: str
     x: str
     points: list[tuple[int, Setting]]
+    rounds: int = 3
 
 
 def curves(base: Setting, *, quick: bool) -> list[Curve]:
     """What is varied, one thing at a time."""
     lengths = [128, 256, 512] if quick else [128, 256, 512, 1024, 2048]
+    long = [256, 512] if quick else [512, 1024, 2048, 4096, 8192]
     batches = [1, 2] if quick else [1, 2, 4, 8]
     numbers = [1, 4, 15] if quick else [1, 2, 4, 7, 15, 30]
     models = [1, 2] if quick else [1, 2, 3, 4]
     if base.size == "tiny":
-        lengths, numbers = [8, 16], [1, 4]
+        lengths, long, numbers = [8, 16], [8, 16], [1, 4]
     short = replace(base, length=min(lengths[0], 128))
     small = replace(short, augmenting=("tenth",))
     return [
@@ -47,6 +50,12 @@ def curves(base: Setting, *, quick: bool) -> list[Curve]:
             name="length",
             x="tokens of a row",
             points=[(n, replace(base, length=n)) for n in lengths],
+        ),
+        Curve(
+            name="length_checkpointed",
+            x="tokens of a row, with gradient checkpointing",
+            points=[(n, replace(base, length=n, checkpointing=True)) for n in long],
+            rounds=1,
         ),
         Curve(
             name="batch",
@@ -66,9 +75,22 @@ def curves(base: Setting, *, quick: bool) -> list[Curve]:
     ]
 
 
+def prompts(base: Setting, *, quick: bool) -> Curve:
+    """Decoding behind longer and longer prompts."""
+    lengths = [64, 256, 1024] if quick else [64, 256, 1024, 2048, 4096, 8192]
+    if base.size == "tiny":
+        lengths = [8, 16]
+    return Curve(
+        name="prompt",
+        x="tokens of the prompt",
+        points=[(n, replace(base, length=n)) for n in lengths],
+    )
+
+
 def times(curve: Curve, rounds: int) -> dict[str, Any]:
     """Seconds of the composed training step at each point."""
     steps = {str(n): composed(build(setting)) for n, setting in curve.points}
+    rounds = min(rounds, curve.rounds)
     measured = measure(steps, rounds=rounds, device=curve.points[0][1].device)
     return timed(f"training time, {curve.name}", curve, measured)
 
@@ -128,7 +150,10 @@ def counted_bytes(setting: Setting) -> int:
     """What is kept for the backward pass, and the bridges' gradients and AdamW's state."""
     model = build(setting).compose()
     cost = training_cost(
-        model.config, batch_size=setting.batch, length=setting.length, checkpointing=False
+        model.config,
+        batch_size=setting.batch,
+        length=setting.length,
+        checkpointing=setting.checkpointing,
     )
     trained = sum(p.numel() * p.element_size() for p in model.bridges.parameters())
     return cost.kept + cost.passing + 3 * trained
@@ -141,3 +166,4 @@ def rows(base: Setting, *, quick: bool, rounds: int, threads: int) -> Iterable[d
         yield memory(curve, threads)
         if curve.name == "connections":
             yield token_times(curve, 4 * rounds)
+    yield token_times(prompts(base, quick=quick), 4 * rounds)
