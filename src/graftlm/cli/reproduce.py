@@ -2,12 +2,15 @@
 
 import argparse
 import importlib
-from typing import Any
+
+from graftlm.reproduce import flags
 
 EXPERIMENTS = {
-    "kv-arithmetic": ("kv_arithmetic", "section 4.1: key-value arithmetic (Table 1)"),
-    "translate": ("translate", "real models: Indonesian, Turkish and Swedish to English"),
-    "docstrings": ("docstrings", "real models: Python functions and their docstrings"),
+    "kv-arithmetic": ("kv_arithmetic", "section 4.1: arithmetic over memorised keys"),
+    "kv-two-models": ("kv_two_models", "section 3.2: two models, each knowing half of the keys"),
+    "low-resource": ("low_resource", "section 4.2: Chichewa, Guarani or Xhosa into English"),
+    "code": ("code", "section 4.3: completing, writing and describing Python functions"),
+    "translate": ("translate", "real models: Indonesian, Turkish and Swedish into English"),
 }
 
 
@@ -17,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     experiments = parser.add_subparsers(
         dest="experiment", metavar="EXPERIMENT", required=True, prog="graftlm reproduce"
     )
-    for name, (module, summary) in EXPERIMENTS.items():
+    for name, (_, summary) in EXPERIMENTS.items():
         child = experiments.add_parser(
             name,
             help=summary,
@@ -25,14 +28,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             formatter_class=parser.formatter_class,
             allow_abbrev=False,
         )
-        load(module).add_arguments(child)
+        flags.add_arguments(child, name)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the experiment."""
-    return load(EXPERIMENTS[args.experiment][0]).main(args)
+    from graftlm.reproduce.run import run as run_experiment  # torch; `--help` does without
 
-
-def load(module: str) -> Any:
-    """One experiment's flags."""
-    return importlib.import_module(f"graftlm.reproduce.{module}")
+    name = args.experiment
+    module = importlib.import_module(f"graftlm.reproduce.{EXPERIMENTS[name][0]}")
+    if args.examples is not None and args.examples < 1:
+        raise ValueError(f"examples must be at least 1, got {args.examples}")
+    experiment = module.experiment(**flags.choices(args, name))
+    main = list(experiment.systems)
+    run_experiment(
+        experiment,
+        systems=flags.named_systems(
+            args.systems, args.seeds, main, list(experiment.ablations)
+        ),
+        output=args.output,
+        jobs=args.jobs,
+        device=args.device,
+        run_code=getattr(args, "allow_code_execution", False),
+        plots=not args.no_plots,
+        command=flags.command_line(args, name),
+    )
+    return 0

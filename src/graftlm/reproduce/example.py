@@ -31,6 +31,11 @@ class Example:
         return f"{self.opening}{self.source}{self.closing}"
 
 
+def plain(text: str, group: str = "text") -> Example:
+    """A text that is predicted whole."""
+    return Example(group=group, source="", target=text)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Data:
     """The examples of one domain.
@@ -40,8 +45,8 @@ class Data:
         tests: By the name of the test and of the group; nothing is chosen by them.
         development: What settings were chosen by.
         shots: Examples for the prompt of a model that stands alone, by group.
-        domain: The texts the augmenting model became a specialist by, one after another; for the
-            controls that train the anchor on them.
+        domain: What the augmenting model became a specialist by, in the order to learn it; for
+            the controls that train the anchor on it. A plain text is an example of target alone.
         retention: What the anchor could do before: tests as above, or plain English texts under
             `text`, whose perplexity counts.
         notes: Counts and sources, for the report.
@@ -51,6 +56,6 @@ class Data:
     tests: Mapping[str, Mapping[str, Sequence[Example]]]
     development: Sequence[Example] = ()
     shots: Mapping[str, Sequence[Example]] = field(default_factory=dict)
-    domain: Sequence[str] = ()
+    domain: Sequence[Example] = ()
     retention: Mapping[str, Sequence[Example]] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)

@@ -131,14 +131,33 @@ class Lessons(Dataset):
         return self.draw(random.Random(f"lesson {self.seed} {index}"), index / self.size)
 
 
+def keys_of(name: str, keys: Sequence[str]) -> Sequence[str]:
+    """The keys that a parent learns."""
+    half = len(keys) // 2
+    return {"first": keys[:half], "second": keys[half:]}.get(name, keys)
+
+
 def lessons(name: str, task: KVTask, size: int, seed: int, worked: bool = False) -> Lessons:
-    """What a parent learns from; `worked` is the second part of the anchor's lessons."""
-    if name == "augmenting":
+    """What a parent learns from; `worked` is the second part of the anchor's lessons.
+
+    Args:
+        name: `anchor`; `augmenting`, which learns all keys; `first` and `second`, which learn a
+            half each; `vanilla`, to which keys stand for something else each time.
+    """
+    if name == "vanilla":
+
+        def draw(rng: random.Random, progress: float) -> Lesson:
+            anew = {key: rng.randint(*task.values) for key in keys}
+            return augmenting_lesson(rng, task, keys, anew)
+
+        keys = list(draw_values(task))
+    elif name != "anchor":
         values = draw_values(task)
-        keys = list(values)
+        keys = keys_of(name, list(values))
 
         def draw(rng: random.Random, progress: float) -> Lesson:
             return augmenting_lesson(rng, task, keys[: introduced(progress, len(keys))], values)
+
     else:
         exclude = set(numeric_evaluation(task))
 

@@ -3,11 +3,12 @@
 What they learn from is in `kv_lessons`. Both are Llamas of less than a million weights.
 """
 
-import shutil
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from transformers import (
     LlamaConfig,
@@ -17,10 +18,7 @@ from transformers import (
     set_seed,
 )
 
-from graftlm.reproduce.kv_data import (
-    KVTask,
-    build_tokenizer,
-)
+from graftlm.reproduce.kv_data import TASKS, KVTask, build_tokenizer
 from graftlm.reproduce.kv_lessons import lessons
 from graftlm.reproduce.kv_training import FitSettings, fit
 
@@ -90,6 +88,21 @@ PARENTS = {
     },
 }
 
+# A quick run composes the parents that ship with the package, so its others are made quickly.
+_SMALL, _PAPER = PARENTS["small"], PARENTS["paper"]
+_FORMAT_ONLY = replace(_SMALL["augmenting"].fit, steps=400)  # there is nothing to memorise
+_HALF = replace(_SMALL["augmenting"].fit, steps=900)
+_INSTANT = replace(_SMALL["augmenting"].fit, steps=5)
+PARENTS["small"] |= {
+    "vanilla": replace(_SMALL["augmenting"], fit=_FORMAT_ONLY),
+    "first": replace(_SMALL["augmenting"], fit=_HALF),
+    "second": replace(_SMALL["augmenting"], fit=_HALF),
+}
+PARENTS["paper"] |= dict.fromkeys(("vanilla", "first", "second"), _PAPER["augmenting"])
+PARENTS["quick"] = _SMALL | {
+    name: replace(_SMALL["augmenting"], fit=_INSTANT) for name in ("vanilla", "first", "second")
+}
+
 
 def new_model(tokenizer: PreTrainedTokenizerBase, settings: ParentSettings) -> LlamaForCausalLM:
     """Make a small Llama with random weights."""
@@ -151,17 +164,23 @@ def train_worked(
     )
 
 
-def train_parents(
-    preset: str, task: KVTask, folder: Path, *, console: Console, use_cpu: bool
-) -> None:
-    """Train both parents and put them, with their tokenizer, into a folder."""
-    for name, settings in PARENTS[preset].items():
-        model = train_parent(name, task, settings, console=console, use_cpu=use_cpu)
+def ensure(folder: Path, names: Sequence[str], preset: str) -> None:
+    """Train those parents that are not in a folder yet.
+
+    Args:
+        names: Of `augmenting`, `anchor`, and of what only controls read: see `LESSONS`.
+    """
+    task = TASKS["paper" if preset == "paper" else "small"]
+    use_cpu = not torch.cuda.is_available()
+    for name in names:
+        target = folder / name
+        if target.exists():
+            continue
+        model = train_parent(name, task, PARENTS[preset][name], console=Console(), use_cpu=use_cpu)
         unfinished = folder / f"{name}.part"
         model.save_pretrained(unfinished)
         build_tokenizer(task).save_pretrained(unfinished)
-        shutil.rmtree(folder / name, ignore_errors=True)
-        unfinished.rename(folder / name)
+        unfinished.rename(target)
 
 
 def load_parents(

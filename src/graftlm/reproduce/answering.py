@@ -1,0 +1,138 @@
+"""Ask a system: what its targets cost in bits, and what it answers."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedTokenizerBase
+
+from graftlm.reproduce.encoding import IGNORED, Features, pad
+from graftlm.reproduce.example import Example
+from graftlm.reproduce.experiment import Test
+from graftlm.reproduce.fitting import target_logits
+from graftlm.reproduce.metrics import Answer
+from graftlm.reproduce.runner import Runner
+
+ROOM = 1.34  # of the most tokens of an answer to those of the longest reference of its batch
+
+
+def ask(
+    runner: Runner, examples: Sequence[Example], test: Test, *, batch_size: int, run_code: bool
+) -> list[Answer]:
+    """Everything that the metrics of a test need."""
+    needs = {metric.needs for metric in test.metrics}
+    answers = [Answer() for _ in examples]
+    if "bits" in needs:
+        answers = costs(runner, examples)
+    if needs & {"text", "tests"}:
+        asked = examples[: test.answered]
+        said = say(runner, asked, test, batch_size)
+        for number, (text, ended) in enumerate(said):
+            answers[number] = replace(answers[number], text=text, ended=ended)
+    if "tests" in needs:
+        answers = judged(examples, answers, run_code)
+    return answers
+
+
+def judged(
+    examples: Sequence[Example], answers: Sequence[Answer], allowed: bool
+) -> list[Answer]:
+    """Run the answers as programs."""
+    from graftlm.reproduce.code_tests import passes
+
+    texts = [answer.text or "" for answer in answers]
+    return [
+        replace(answer, passed=ok)
+        for answer, ok in zip(answers, passes(examples, texts, allowed=allowed), strict=True)
+    ]
+
+
+def by_length(features: Features, batch_size: int) -> list[list[int]]:
+    """Numbers of the features, longest first, in batches."""
+    order = sorted(range(len(features)), key=lambda k: -len(features[k]["input_ids"]))
+    return [order[k : k + batch_size] for k in range(0, len(order), batch_size)]
+
+
+@torch.no_grad()
+def costs(runner: Runner, examples: Sequence[Example], batch_size: int = 16) -> list[Answer]:
+    """Bits each target costs, without the end of the text."""
+    features = runner.encode(examples)
+    bits, tokens = [0.0] * len(examples), [0] * len(examples)
+    device = runner.model.device
+    for numbers in by_length(features, batch_size):
+        batch = to_device(runner.collate([features[k] for k in numbers]), device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=runner.bf16):
+            logits, labels, rows = target_logits(runner.model, batch)
+        losses = F.cross_entropy(logits, labels, reduction="none").tolist()
+        owners = rows.tolist()
+        for place, (row, loss) in enumerate(zip(owners, losses, strict=True)):
+            is_end = place + 1 == len(owners) or owners[place + 1] != row
+            bits[numbers[row]] += 0.0 if is_end else loss / math.log(2)
+            tokens[numbers[row]] += not is_end
+    return [Answer(bits=b, tokens=n) for b, n in zip(bits, tokens, strict=True)]
+
+
+@torch.no_grad()
+def say(
+    runner: Runner, examples: Sequence[Example], test: Test, batch_size: int
+) -> list[tuple[str, bool]]:
+    """Greedy answers, up to `test.stop`, and whether each came to its end."""
+    features = runner.encode(examples)
+    said = [("", False)] * len(examples)
+    for numbers in by_length(features, batch_size):
+        batch = [features[k] for k in numbers]
+        sizes = [sum(label == IGNORED for label in feature["labels"]) for feature in batch]
+        prompts = [
+            {name: ids[:size] for name, ids in feature.items() if name != "labels"}
+            for feature, size in zip(batch, sizes, strict=True)
+        ]
+        longest = max(len(f["labels"]) - size for f, size in zip(batch, sizes, strict=True))
+        length = test.most_tokens or math.ceil(longest * ROOM) + 4
+        answers = generate(runner, prompts, length, test.stop)
+        ended = (answers == runner.tokenizer.eos_token_id).any(1).tolist()
+        texts = runner.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        for number, text, end in zip(numbers, texts, ended, strict=True):
+            stopped = test.stop is not None and test.stop in text.lstrip("\n")
+            said[number] = (cut(text, test.stop), end or stopped)
+    return said
+
+
+def cut(text: str, stop: str | None) -> str:
+    """An answer up to its end."""
+    return text if stop is None else text.strip().split(stop)[0].strip()
+
+
+def generate(
+    runner: Runner, prompts: Features, length: int, stop: str | None
+) -> torch.Tensor:
+    """The tokens that continue prompts."""
+    device = runner.model.device
+    inputs = to_device(pad(prompts, left=True), device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=runner.bf16):
+        output = runner.model.generate(
+            **inputs,
+            do_sample=False,
+            max_new_tokens=length,
+            eos_token_id=ends(runner.tokenizer, stop),
+            pad_token_id=runner.tokenizer.eos_token_id,
+        )
+    return output[:, inputs["input_ids"].shape[1] :]
+
+
+def ends(tokenizer: PreTrainedTokenizerBase, stop: str | None) -> list[int]:
+    """The tokens that end an answer: the end of the text, and those that begin with `stop`."""
+    found: set[Any] = {tokenizer.eos_token_id}
+    for text in () if stop is None else (stop, stop + "\n"):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        found |= set(ids) if len(ids) == 1 else set()
+    return sorted(found)
+
+
+def to_device(batch: Any, device: Any) -> Any:
+    """A nested batch on a device."""
+    if isinstance(batch, Mapping):
+        return {name: to_device(value, device) for name, value in batch.items()}
+    return batch.to(device) if isinstance(batch, torch.Tensor) else batch

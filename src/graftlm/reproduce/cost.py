@@ -1,0 +1,87 @@
+"""What a system takes: weights that train, operations, seconds, memory, tokens a second."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from graftlm.planning import flop_counter
+from graftlm.reproduce.answering import to_device
+from graftlm.reproduce.example import Example
+from graftlm.reproduce.fitting import target_loss
+from graftlm.reproduce.runner import Runner
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cost:
+    """Of one system of one seed.
+
+    Args:
+        weights: That train.
+        flops: Of all training, counted on one batch; 0 if nothing trains.
+        training_seconds: From nothing loaded to trained.
+        peak_bytes: Most memory held in training: of the process, or on the GPU; None where the
+            system does not tell.
+        tokens_per_second: Generated in the tests, all batches together.
+    """
+
+    weights: int
+    flops: int
+    training_seconds: float
+    peak_bytes: int | None
+    tokens_per_second: float | None
+
+
+class Meter:
+    """Starts when it is made."""
+
+    def __init__(self, device: str):
+        self.device = device
+        self.peak: int | None = None
+        self.seconds = 0.0
+        if device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats()
+        elif (forget := Path("/proc/self/clear_refs")).exists():
+            forget.write_text("5")  # the high-water mark of what came before
+        self.start = time.perf_counter()
+
+    def trained(self) -> None:
+        """Read time and memory: the system is trained."""
+        self.seconds = time.perf_counter() - self.start
+        if self.device.startswith("cuda"):
+            self.peak = torch.cuda.max_memory_allocated()
+        elif (status := Path("/proc/self/status")).exists():
+            lines = status.read_text().splitlines()
+            found = [line.split()[1] for line in lines if line.startswith("VmHWM:")]
+            self.peak = int(found[0]) * 1024 if found else None
+
+    def cost(
+        self,
+        runner: Runner,
+        *,
+        examples: Sequence[Example],
+        steps: int,
+        weights: int,
+        tokens_per_second: float | None,
+    ) -> Cost:
+        """All of it.
+
+        Args:
+            examples: A batch, whose operations are counted if the system was trained.
+        """
+        flops = 0
+        if steps:
+            batch = to_device(runner.collate(runner.encode(examples)), runner.model.device)
+            with flop_counter() as counter:
+                target_loss(runner.model, batch, bf16=runner.bf16).backward()
+            runner.model.zero_grad(set_to_none=True)
+            flops = counter.get_total_flops() * steps
+        return Cost(
+            weights=weights,
+            flops=flops,
+            training_seconds=self.seconds if steps else 0.0,
+            peak_bytes=self.peak if steps else None,
+            tokens_per_second=tokens_per_second,
+        )

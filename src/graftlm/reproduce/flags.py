@@ -1,0 +1,126 @@
+"""The flags of `graftlm reproduce EXPERIMENT`: those all share, and each experiment's own.
+
+Nothing here imports torch, so that `--help` answers at once.
+"""
+
+import argparse
+import shlex
+from typing import Any
+
+from graftlm.reproduce.systems import SYSTEMS
+
+PRESETS = ("quick", "small", "paper")
+COMPOSITIONS = ("math", "subs", "mix", "direct")
+SEEDS = 1
+
+
+def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
+    """Add the flags of one experiment."""
+    parser.add_argument(
+        "--preset",
+        choices=PRESETS,
+        default="small",
+        help="quick: does it run; small: on 2 cores; paper: as large as the paper's, on a GPU",
+    )
+    parser.add_argument(
+        "--systems",
+        nargs="+",
+        default=["main"],
+        metavar="SYSTEM",
+        help="which to compare: main (all but ablations), ablations, all, or names, each with "
+        f"its own number of seeds if wanted, as in lora:3; names are {', '.join(SYSTEMS)}, and "
+        "the ablations that the documents list",
+    )
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="how many runs to average over")
+    parser.add_argument("--examples", type=int, help="training examples that each system sees")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="how many systems to train and score at a time"
+    )
+    parser.add_argument(
+        "--output",
+        default=name,
+        help="folder for the report; a run into the same one goes on where it stopped",
+    )
+    parser.add_argument("--device", help="cpu or cuda; by default a GPU where there is one")
+    parser.add_argument("--no-plots", action="store_true", help="draw nothing")
+    OWN.get(name, lambda _: None)(parser)
+
+
+def kv_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of the key-value experiment."""
+    parser.add_argument(
+        "--dc",
+        choices=COMPOSITIONS,
+        default="mix",
+        help="composition data: answers worked out or substitutions (the paper says both), answers "
+        "with plain sums, or answers at once",
+    )
+
+
+def language_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of the low-resource experiment."""
+    parser.add_argument(
+        "--language", choices=("chichewa", "guarani", "xhosa"), default="chichewa"
+    )
+
+
+def code_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of the code experiment."""
+    parser.add_argument(
+        "--allow-code-execution",
+        action="store_true",
+        help="run the programs that models write, in a child process with limits",
+    )
+    parser.add_argument(
+        "--no-programs", action="store_true", help="leave out the tests that run programs"
+    )
+
+
+OWN = {
+    "kv-arithmetic": kv_arguments,
+    "low-resource": language_arguments,
+    "code": code_arguments,
+}
+SHARED = {"systems", "seeds", "jobs", "output", "device", "no_plots", "allow_code_execution"}
+
+
+def choices(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    """What the experiment's own function is asked: all flags but those of the run."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser, name)
+    given = {action.dest for action in parser._actions} - SHARED - {"help"}
+    return {flag: getattr(args, flag) for flag in sorted(given)}
+
+
+def named_systems(
+    words: list[str], seeds: int, main: list[str], ablations: list[str]
+) -> list[tuple[str, int]]:
+    """Systems and their numbers of seeds, in the order of the tables.
+
+    Raises:
+        ValueError: If a number of seeds is none.
+    """
+    groups = {"main": main, "ablations": ablations, "all": [*main, *ablations]}
+    found: dict[str, int] = {}
+    for word in words:
+        name, _, number = word.partition(":")
+        if number and not number.isdigit():
+            raise ValueError(f"--systems {word}: {number!r} is not a number of seeds")
+        for system in groups.get(name, [name]):
+            found[system] = int(number) if number else seeds
+    order = {system: place for place, system in enumerate(groups["all"])}
+    return sorted(found.items(), key=lambda item: order.get(item[0], len(order)))
+
+
+def command_line(args: argparse.Namespace, name: str) -> str:
+    """The command as it can be repeated: what differs from the defaults."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser, name)
+    words = ["graftlm", "reproduce", name]
+    for action in parser._actions:
+        value = getattr(args, action.dest, action.default)
+        if action.dest != "help" and value != action.default:
+            words.append(action.option_strings[-1])
+            if value is not True:
+                words += [str(v) for v in value] if isinstance(value, list) else [str(value)]
+    return shlex.join(words)

@@ -1,0 +1,175 @@
+"""Write an experiment down: results.json, report.md, and report.html, one file with its plots."""
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from graftlm.reproduce.files import write_text
+from graftlm.reproduce.systems import OURS
+
+LEVEL = 0.05
+WORDS = {True: "met", False: "missed", None: "not measured"}
+LEGEND = (
+    f"`*` composed is better, `†` it is worse, with p < {LEVEL} after Holm's correction over the "
+    "systems of a column: paired bootstrap over examples and, where there are several, seeds "
+    "(10,000 resamples). ± is the deviation over seeds. The share of gain: how much of what "
+    "composed gains over m_B alone a row gains too."
+)
+Results = Mapping[str, Any]
+
+
+def write_report(folder: Path, results: Results, *, plots: bool) -> None:
+    """Write `results.json`, the reports and the plots."""
+    names = []
+    if plots:
+        from graftlm.reproduce.plots import draw  # matplotlib is slow to import
+
+        names = draw(folder, results)
+    write_text(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    images = {name: base64.b64encode((folder / name).read_bytes()).decode() for name in names}
+    shown = {
+        "r": results,
+        "tables": tables(results),
+        "cost": cost_table(results),
+        "legend": LEGEND,
+        "words": WORDS,
+        "settings": flatten(results["settings"]),
+        "plots": names,
+        "images": images,
+    }
+    for kind in ("md", "html"):
+        environment = Environment(
+            loader=PackageLoader("graftlm.reproduce"),
+            autoescape=kind == "html",
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        page = environment.get_template(f"report.{kind}.j2").render(shown)
+        write_text(folder / f"report.{kind}", page)
+
+
+def tables(results: Results) -> list[dict[str, Any]]:
+    """One table a test, and one for its ablations."""
+    made = []
+    ablations = results["ablations"]
+    main = [name for name in results["systems"] if name not in ablations]
+    for test, groups in results["table"].items():
+        sizes = results["sizes"][test]
+        counts = ", ".join(f"{group}: {sizes[group]} examples" for group in groups)
+        caption = " ".join(filter(None, [f"{counts}.", results["paper"].get(test)]))
+        title = "What m_B could do before" if test == "before" else test
+        made.append(table(results, test, main, title, caption))
+        if ablations:
+            made.append(table(results, test, [OURS, *ablations], f"{title}: ablations", caption))
+    return made
+
+
+def table(
+    results: Results, test: str, systems: Sequence[str], title: str, caption: str
+) -> dict[str, Any]:
+    """A row for each system; a column for each group and metric, and the share of the gain."""
+    groups = results["table"][test]
+    metrics = results["metrics"][test]
+    first = next(iter(metrics))
+    columns = [(group, metric) for group in groups for metric in metrics]
+    head = ["system", *(column_name(g, m, groups) for g, m in columns), "share of gain", "seeds"]
+    rows = []
+    for name in systems:
+        cells = [
+            cell_text(groups[group][metric][name], *metrics[metric]) for group, metric in columns
+        ]
+        shares = [
+            share
+            for group in groups
+            if (share := results["gains"][test][group][first].get(name)) is not None
+        ]
+        # A gain that is chance has no shares worth showing.
+        share = f"{100 * sum(shares) / len(shares):.0f} %" if shares and gained(groups, first) else ""
+        rows.append([results["systems"][name], *cells, share, str(results["seeds"][name])])
+    return {"title": title, "caption": caption, "head": head, "rows": rows}
+
+
+def column_name(group: str, metric: str, groups: Mapping[str, Any]) -> str:
+    """A column's head; the only group of a test needs no name."""
+    return metric if len(groups) == 1 else f"{group}, {metric}"
+
+
+def gained(groups: Mapping[str, Any], metric: str) -> bool:
+    """Whether composed is better than the anchor in every group, and surely so."""
+    return all(
+        "anchor" in metrics[metric]
+        and metrics[metric]["anchor"]["against"] is not None
+        and metrics[metric]["anchor"]["against"]["p_corrected"] < LEVEL
+        for metrics in groups.values()
+    )
+
+
+def cell_text(cell: Mapping[str, Any], lower_is_better: bool, digits: int) -> str:
+    """A number with its deviation and its mark."""
+    text = f"{cell['mean']:.{digits}f}"
+    if len(cell["seeds"]) > 1:
+        text += f" ± {cell['deviation']:.{digits}f}"
+    against = cell["against"]
+    if against is None or against["p_corrected"] >= LEVEL:
+        return text
+    ahead = (against["difference"] < 0) == lower_is_better
+    return f"{text} {'*' if ahead else '†'}"
+
+
+def cost_table(results: Results) -> dict[str, Any]:
+    """What each system took."""
+    head = ["system", "weights that train", "training PFLOPs", "seconds", "peak memory", "tokens/s"]
+    rows = []
+    for name, cost in results["costs"].items():
+        trained = cost["weights"]
+        rows.append(
+            [
+                results["systems"][name],
+                f"{trained:,.0f}" if trained else "",
+                f"{cost['flops'] / 1e15:.3g}" if trained else "",
+                f"{cost['training_seconds']:.0f}" if trained else "",
+                f"{cost['peak_bytes'] / 1e9:.2f} GB" if cost["peak_bytes"] else "",
+                f"{cost['tokens_per_second']:.0f}" if cost["tokens_per_second"] else "",
+            ]
+        )
+    return {
+        "head": head,
+        "rows": rows,
+        "caption": "Means over seeds. Seconds: of training, loading included; peak memory: of the "
+        "process that trained, everything included; tokens/s: generated in the tests, all batches "
+        "together. What else ran on the machine is in them.",
+    }
+
+
+def print_summary(results: Results, console: Console) -> None:
+    """The first metric of each test, in the terminal, and the goals."""
+    for test, groups in results["table"].items():
+        first, (lower, digits) = next(iter(results["metrics"][test].items()))
+        shown = Table(title=f"{test}: {first}", box=box.SIMPLE)
+        shown.add_column("system", no_wrap=True)
+        for group in groups:
+            shown.add_column(group, justify="right")
+        for name in results["systems"]:
+            cells = [cell_text(groups[group][first][name], lower, digits) for group in groups]
+            shown.add_row(name, *cells, style="bold" if name == OURS else None)
+        console.print(shown)
+    for goal in results["goals"]:
+        console.print(f"{WORDS[goal['met']]}: {goal['says']}", highlight=False)
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Name nested settings with dots."""
+    pairs: list[tuple[str, Any]] = []
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            pairs += flatten(value, f"{prefix}{name}.")
+        else:
+            pairs.append((prefix + name, value))
+    return pairs

@@ -1,0 +1,165 @@
+"""Run an experiment: make models and data, train and score all systems, compare, report."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers.utils import logging as transformers_logging
+
+from graftlm.reproduce import comparison
+from graftlm.reproduce.experiment import Experiment
+from graftlm.reproduce.hardware import hardware
+from graftlm.reproduce.jobs import Job, Outcome, Study, jobs_of, outcomes
+from graftlm.reproduce.report import print_summary, write_report
+from graftlm.reproduce.systems import OURS
+
+
+def run(
+    experiment: Experiment,
+    *,
+    systems: Sequence[tuple[str, int]],
+    output: str | Path,
+    jobs: int = 1,
+    device: str | None = None,
+    run_code: bool = False,
+    plots: bool = True,
+    console: Console | None = None,
+    command: str = "",
+) -> dict[str, Any]:
+    """Train and score systems, and leave a report in a folder.
+
+    Args:
+        systems: Names, and how many seeds of each.
+        output: Folder for the report, the plots, the composed models and every answer; what was
+            answered there before in the same setting is not done again.
+        jobs: How many systems to train and score at a time, each in a process of its own.
+        device: `cpu` or `cuda`; None takes a GPU where there is one.
+        run_code: Whether programs that models wrote may be run, in a child process.
+
+    Returns:
+        What `results.json` holds.
+
+    Raises:
+        ValueError: If a system does not exist or cannot be run, or a number is not positive.
+    """
+    check(experiment, systems, jobs, run_code)
+    console = console or Console()
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    transformers_logging.disable_progress_bar()
+    start = time.perf_counter()
+    study = Study(
+        experiment=experiment,
+        models=experiment.models(folder),
+        folder=folder,
+        device=device,
+        run_code=run_code,
+    )
+    found: dict[str, dict[int, Any]] = {}
+    taken: dict[str, dict[int, Outcome]] = {}
+    for job, outcome in outcomes(study, jobs_of(experiment, systems), jobs, console):
+        for name, answers in outcome.answers.items():
+            found.setdefault(name, {})[job.seed] = answers
+        taken.setdefault(job.name, {})[job.seed] = outcome
+        console.print(done(job, outcome))
+    order = [name for name, _ in systems if name in found]
+    data = [experiment.data(seed) for seed in range(max(seeds for _, seeds in systems))]
+    table = comparison.tables(experiment, data, {name: found[name] for name in order})
+    results = {
+        "command": command,
+        "experiment": experiment.name,
+        "title": experiment.title,
+        "about": experiment.about,
+        "systems": {name: experiment.system(name).title for name in order},
+        "ablations": [name for name in order if name in experiment.ablations],
+        "seeds": {name: len(found[name]) for name in order},
+        "metrics": {
+            name: {m.name: [m.lower_is_better, m.digits] for m in test.metrics}
+            for name, test in experiment.tests.items()
+        },
+        "paper": {name: test.paper for name, test in experiment.tests.items() if test.paper},
+        "sizes": {
+            name: {group: len(examples) for group, examples in groups.items()}
+            for name, groups in {**data[0].tests, "before": data[0].retention}.items()
+        },
+        "table": comparison.cells_as_json(table),
+        "gains": comparison.gains(experiment, table),
+        "goals": comparison.verdicts(experiment, table),
+        "costs": comparison.costs(taken),
+        "losses": comparison.curves(taken),
+        "samples": samples(data[0], found),
+        "notes": dict(data[0].notes),
+        "settings": {
+            "composition": asdict(experiment.composition),
+            "training": asdict(experiment.training),
+            "composition examples": len(data[0].composition),
+        }
+        | dict(experiment.changes),
+        "seconds": time.perf_counter() - start,
+        "hardware": hardware(device, jobs),
+        "versions": {
+            name: version(name) for name in ("graftlm", "torch", "transformers", "sacrebleu")
+        },
+    }
+    write_report(folder, results, plots=plots)
+    print_summary(results, console)
+    console.print(f"report.md, report.html and results.json are in {folder.resolve()}")
+    return results
+
+
+def check(
+    experiment: Experiment, systems: Sequence[tuple[str, int]], jobs: int, run_code: bool
+) -> None:
+    """Refuse what cannot be run, before anything is loaded."""
+    known = {**experiment.systems, **experiment.ablations}
+    for name, seeds in systems:
+        if name not in known:
+            raise ValueError(f"system {name!r} is none of {', '.join(known)}")
+        if seeds < 1:
+            raise ValueError(f"seeds must be at least 1, got {seeds} for {name}")
+    if OURS not in dict(systems):
+        raise ValueError("systems lacks 'composed', with which the others are compared")
+    if jobs < 1:
+        raise ValueError(f"jobs must be at least 1, got {jobs}")
+    needs_code = any(m.needs == "tests" for test in experiment.tests.values() for m in test.metrics)
+    if needs_code and not run_code:
+        raise ValueError(
+            "this experiment runs programs that models wrote, in a child process with limits; "
+            "say that it may with --allow-code-execution, or leave these tests out with "
+            "--no-programs"
+        )
+
+
+def done(job: Job, outcome: Outcome) -> str:
+    """A line for a finished job."""
+    loss = f", loss {outcome.losses[-1][1]:.3f}" if outcome.losses else ""
+    seconds = outcome.cost.training_seconds
+    return f"{job.name}, seed {job.seed}: trained {seconds:.0f} s{loss}"
+
+
+def samples(data: Any, found: dict[str, dict[int, Any]]) -> list[dict[str, Any]]:
+    """The first example of each group, with what the systems made of it."""
+    return [
+        {
+            "test": test,
+            "group": group,
+            "prompt": examples[0].prompt,
+            "target": examples[0].target,
+            "answers": {
+                name: seeds[0][test][group][0].text
+                for name, seeds in found.items()
+                if 0 in seeds and test in seeds[0]
+            },
+        }
+        for test, groups in data.tests.items()
+        for group, examples in groups.items()
+        if examples
+    ]
+
+
