@@ -173,7 +173,7 @@ def num_lines(node: ast.FunctionDef) -> int:
 def first_sentence(docstring: str) -> str:
     """The first sentence of the first paragraph, on one line."""
     paragraph = " ".join(docstring.strip().split("\n\n")[0].split())
-    return paragraph.split(". ")[0].rstrip(".")
+    return paragraph.split(". ")[0].rstrip(" .")
 
 
 def without_empty_lines(code: str) -> str:
