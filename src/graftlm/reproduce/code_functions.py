@@ -87,11 +87,12 @@ def read_packages(folders: Mapping[str, Path]) -> dict[str, Sources]:
                 continue
             sources.texts.append(text)
             for function in documented(tree):
+                if len(sources.functions) == MOST_PER_PACKAGE:
+                    break
                 keys = {squeezed(function.code), squeezed(function.sentence)}
-                if keys & seen or len(sources.functions) == MOST_PER_PACKAGE:
-                    continue
-                seen |= keys
-                sources.functions.append(function)
+                if not keys & seen:
+                    seen |= keys
+                    sources.functions.append(function)
     return packages
 
 
@@ -129,13 +130,13 @@ def squeezed(text: str) -> str:
 
 
 def documented(tree: ast.Module) -> Iterator[Function]:
-    """The short documented functions of a file."""
-    top = {id(node) for node in tree.body}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef) and num_lines(node) <= MOST_LINES:
-            function = take_apart(node, at_top=id(node) in top)
-            if function is not None:
-                yield function
+    """The short documented functions of a file, and methods of its classes."""
+    for node in tree.body:
+        for one in node.body if isinstance(node, ast.ClassDef) else [node]:
+            if isinstance(one, ast.FunctionDef) and num_lines(one) <= MOST_LINES:
+                function = take_apart(one, at_top=one is node)
+                if function is not None:
+                    yield function
 
 
 def take_apart(node: ast.FunctionDef, *, at_top: bool) -> Function | None:

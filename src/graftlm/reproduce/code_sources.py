@@ -44,6 +44,7 @@ NEWS = Package(
     file="gensim-4.3.3-cp311-cp311-manylinux_2_17_x86_64.manylinux2014_x86_64.whl",
 )
 LONGEST_TASK, LONGEST_PROGRAM = 500, 600  # characters, of CodeI/O
+LARGEST_PROGRAM = 2_000  # with comments and docstrings; longer ones are not taken apart
 LONGEST_NEWS = 600  # characters
 MBPP_SHOTS, MBPP_TESTS = (2, 3, 4), range(11, 511)  # task numbers, as in its paper
 
@@ -102,9 +103,11 @@ def code_io(folder: Path | None = None) -> list[Example]:
     """
     found = []
     for row in zipped_rows(fetch(CODE_IO, folder), "reasoning_gym/data/codeio.jsonl.gz"):
-        task, code = " ".join(row["task_description"].split()), bare(row["code_sample"])
-        if task and code and len(task) <= LONGEST_TASK and len(code) <= LONGEST_PROGRAM:
-            found.append(write(task, code))
+        task, code = " ".join(row["task_description"].split()), row["code_sample"]
+        if 0 < len(task) <= LONGEST_TASK and len(code) <= LARGEST_PROGRAM:
+            code = bare(code)
+            if 0 < len(code) <= LONGEST_PROGRAM:
+                found.append(write(task, code))
     return found
 
 
