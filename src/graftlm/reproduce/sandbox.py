@@ -1,13 +1,13 @@
 """Runs generated Python programs, which may do anything, where they can do little.
 
 Each program runs in a child process that has given up its rights, in an empty folder that is
-removed afterwards; the folder's process group is killed at the end. What holds it in:
+removed afterwards; its whole process group is killed at the end. What holds it in:
 
 - `limits` (POSIX): seconds, memory, sizes of files, open files, core dumps; setrlimit
 - `seccomp` (Linux on x86-64 and 64-bit ARM): no new processes or threads, no sockets, no signals
   to others, no change of limits, owners and permissions
-- `landlock` (Linux 5.13 and later): no reading but of Python's own library, no writing but of
-  files in the folder
+- `landlock` (Linux 5.13 and later): no reading but of the folder and of installed libraries, no
+  writing but of files in the folder
 - `audit` (everywhere): the same within Python; a program that means to can get round it
 
 `guards()` says which of them hold here. With the first three, no program is known to us that
