@@ -68,7 +68,8 @@ def run_program(
 
     Args:
         source: The program, with the tests that decide at its end.
-        seconds: Of the processor, rounded up; of the clock twice as many, for a busy machine.
+        seconds: Of the processor, rounded up; of the clock four times as many, since a machine may
+            be busy.
         memory_bytes: Address space, Python's own 20 MiB and more among it.
         file_bytes: Size of the largest file.
         open_files: At a time.
@@ -89,11 +90,12 @@ def run_program(
     }
     token = secrets.token_hex(16)
     task = {"source": source, "limits": limits, "token": token}
-    code, said = in_child(task, 2 * seconds)
+    patience = 4 * seconds
+    code, said = in_child(task, patience)
     if said.startswith(token) and said != token:
         raise RuntimeError(f"a generated program could not be held in: {said.removeprefix(token)}")
     if code is None:
-        return Outcome(False, f"ran longer than {2 * seconds:g} s")
+        return Outcome(False, f"ran longer than {patience:g} s")
     if code < 0:  # the kernel kills what has had its seconds
         return Outcome(False, f"was ended by {signal.Signals(-code).name}")
     passed = code == 0 and said == token
