@@ -38,7 +38,7 @@ SETTINGS = {
     "small": (
         Composition(connections=((3, 2), (3, 3)), num_heads=8, position="distance"),
         Training(
-            examples=96 * 600,
+            examples=96 * 1200,
             batch_size=96,
             learning_rate=1e-3,
             lora_learning_rate=2e-3,

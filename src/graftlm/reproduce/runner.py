@@ -147,13 +147,21 @@ def composed(experiment: Experiment, models: Models, system: System, device: str
 
 
 def misread(runner: Runner) -> Runner:
-    """The same system, whose augmenting models read another example."""
+    """The same system, whose augmenting models read another example.
+
+    A plain text has no source that could be another's; it is read as it is.
+    """
 
     def encode(examples: Sequence[Example]) -> Features:
-        return [
-            wrong_feature(example, donors, runner.tokenizer)
-            for example, donors in zip(examples, donors_of(examples), strict=True)
-        ]
+        donors = iter(donors_of([example for example in examples if example.source]))
+        features = []
+        for example in examples:
+            found = feature(example, runner.tokenizer)
+            found["read_ids"] = found["input_ids"]
+            if example.source:
+                found = wrong_feature(example, next(donors), runner.tokenizer)
+            features.append(found)
+        return features
 
     return replace(runner, encode=encode)
 

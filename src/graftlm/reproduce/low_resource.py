@@ -1,0 +1,161 @@
+"""CALM, section 4.2, on open data: translate from a language that the anchor does not know.
+
+The augmenting model is a small Llama that the command trains itself, first on English and then on
+the language's text alone; the anchor is SmolLM2-135M-Instruct. D_C is a small aligned part.
+"""
+
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+
+from graftlm.gguf import default_cache
+from graftlm.reproduce.example import Data, Example
+from graftlm.reproduce.domain import shuffled_pieces
+from graftlm.reproduce.experiment import Composition, Experiment, Goal, Models, Test, Training
+from graftlm.reproduce.language_model import PRESETS, find_tokenizer, train_language_model
+from graftlm.reproduce.low_resource_data import load_data, load_texts
+from graftlm.reproduce.metrics import BITS_PER_BYTE, CHRF, PERPLEXITY
+from graftlm.reproduce.real_models import require_model
+from graftlm.reproduce.systems import SYSTEMS, System
+
+ANCHOR = "smollm2-135m-instruct"
+# The small model's middle and last layers, spread over the anchor; many narrow bridges learn
+# faster than a few wide ones (docs/log.md).
+COMPOSITION = Composition(
+    connections=((2, 3), (3, 7), (3, 11), (4, 15), (4, 19), (5, 22), (5, 25), (5, 28)),
+    width=192,
+    num_heads=6,
+    position="distance",
+    alignment="prefix",
+)
+TRAINING = Training(
+    examples=1500,
+    batch_size=4,
+    learning_rate=1.5e-3,
+    lora_learning_rate=2e-3,
+    full_learning_rate=1e-4,
+    domain_examples=1500,
+)
+SIZES = {  # training examples, tests, answers
+    "quick": (8, 4, 2),
+    "small": (1500, 200, 100),
+    "paper": (30_000, 1000, 1000),
+}
+ABLATIONS = {
+    "4-connections": System(
+        title="4 connections", composition={"connections": ((2, 7), (3, 14), (4, 21), (5, 28))}
+    ),
+    "low": System(
+        title="into the anchor's lower half",
+        composition={"connections": tuple((k // 2 + 2, 2 * k) for k in range(8))},
+    ),
+    "full-width": System(title="full width", composition={"width": None, "num_heads": None}),
+    "no-position": System(title="no position (the paper)", composition={"position": "none"}),
+    "committed": System(
+        title="sees finished words only", composition={"alignment": "committed"}
+    ),
+    "gate": System(title="a gate that starts at zero", composition={"gate": True}),
+    "dc-10%": System(title="a tenth of D_C, ten times", training={"distinct": 150}),
+}
+
+
+def experiment(
+    preset: str = "small", *, language: str = "chichewa", examples: int | None = None
+) -> Experiment:
+    """One preset and language.
+
+    Args:
+        preset: `quick` looks whether everything runs, `small` takes hours on 2 cores, `paper` has
+            a larger augmenting model and wants a GPU.
+        language: chichewa, guarani or xhosa.
+        examples: Training examples seen; None takes the preset's.
+    """
+    seen, num_tests, answered = SIZES[preset]
+    data_of = partial(data, language=language, num_tests=num_tests)
+    name = language.capitalize()
+    tests = {
+        test: Test(metrics=(CHRF, BITS_PER_BYTE), stop="\n", answered=answered)
+        for test in load_tests(language)
+    }
+    first = next(iter(tests))
+    return Experiment(
+        name="low-resource",
+        title=f"Low-resource translation (CALM, section 4.2): {name} to English",
+        about=f"m_A, a Llama of 6 million weights, has read English and then {name} text, none of "
+        f"it aligned; m_B is SmolLM2-135M-Instruct; D_C is a small aligned part of the same text. "
+        "chrF of greedy answers and bits per byte of the reference.",
+        models=partial(models, language=language, preset=preset),
+        data=data_of,
+        tests=tests | {"before": Test(metrics=(PERPLEXITY,), paper="English news.")},
+        composition=COMPOSITION,
+        training=replace(TRAINING, examples=examples or seen, domain_examples=examples or seen),
+        systems=dict(SYSTEMS),
+        ablations=ABLATIONS,
+        goals=(
+            Goal(
+                says="composed beats LoRA on D_C, random and vanilla m_A in chrF with p < 0.01",
+                test=first,
+                beats=("lora", "random", "vanilla"),
+                level=0.01,
+            ),
+            Goal(
+                says="English perplexity worsens by less than 1 %",
+                test="before",
+                at_most_ratio=1.01,
+            ),
+        ),
+        pipeline=pipeline,
+        in_bf16=True,
+        changes={"preset": preset, "language": language},
+    )
+
+
+def load_tests(language: str) -> list[str]:
+    """The names of a language's tests."""
+    return list(data(0, language=language, num_tests=1).tests)
+
+
+@cache
+def data(seed: int, *, language: str, num_tests: int) -> Data:
+    """The same for every seed: held-out texts are what they are."""
+    del seed
+    found = load_data(language, num_tests=num_tests)
+    return replace(found, domain=shuffled_pieces(found.domain))
+
+
+def models(folder: Path, *, language: str, preset: str) -> Models:
+    """The anchor, and the augmenting model before and after it learned the language.
+
+    Trained models are kept in the cache; a later run finds them.
+    """
+    del folder
+    texts = load_texts(language)
+    settings = PRESETS[preset]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    place = default_cache() / "language-models"
+    english = texts.english[: settings.num_texts]
+    foreign = texts.foreign[: settings.num_texts]
+    tokenizer = find_tokenizer([*english, *foreign], settings.vocabulary, place)
+    options = {"settings": settings, "output": place, "device": device}
+    vanilla = train_language_model(
+        english, tokenizer=tokenizer, title="English", held_out=texts.held_out, **options
+    )
+    specialist = train_language_model(
+        foreign,
+        start_from=vanilla,
+        title=language.capitalize(),
+        held_out=texts.held_out,
+        **options,
+    )
+    return Models(
+        anchor=require_model(ANCHOR),
+        augmenting={language: specialist},
+        vanilla={language: vanilla},
+    )
+
+
+def pipeline(example: Example, said: str) -> tuple[Example, str]:
+    """What the augmenting model says next stands beside the sentence, as a hint."""
+    return replace(example, closing=f"\nHint: {said}{example.closing}"), ""
