@@ -137,7 +137,9 @@ def test_what_lm_eval_asserts_is_an_error(folder, tasks):
     """Its assertions speak to users; the command line must not show them a traceback."""
     path = Path(tasks, "tiny_answer.yaml")
     path.write_text(path.read_text().replace("max_gen_toks: 7", "max_gen_toks: 601"))
-    with pytest.raises(ValueError, match=r"lm-eval refuses anchor: .* generate \(601\) must be less"):
+    with pytest.raises(
+        ValueError, match=r"lm-eval refuses anchor: .* generate \(601\) must be less"
+    ):
         evaluate(folder, ["tiny_answer"], include_path=tasks, parts=["anchor"])
 
 
@@ -182,7 +184,7 @@ def test_flores_has_five_shots_and_chrf(folder, tmp_path, monkeypatch):
     path = tmp_path / "out" / "samples" / "anchor" / "flores200_lij_en.jsonl"
     samples = [json.loads(line) for line in path.read_text().splitlines()]
     assert [sample["target"] for sample in samples] == [f"word devtest {n}" for n in range(3)]
-    prompt = samples[1]["arguments"]["gen_args_0"]["arg_0"]
+    prompt = samples[1]["arguments"][0][0]
     assert prompt.endswith("\n\nLigurian: paròlla devtest 1\nEnglish:")
     assert prompt.count("English: word dev ") == 5
 
