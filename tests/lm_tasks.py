@@ -8,7 +8,7 @@ import yaml
 
 from tiny import write_lines
 
-CHOICES = [
+CHOICES: list[dict[str, Any]] = [
     {"question": "the fox jumps", "choices": [" over", " under it", " up"], "answer": 0},
     {"question": "add 1 and 2", "choices": ["3", "4", "12"], "answer": 0},
     {"question": "dogs", "choices": [" sleep", " count"], "answer": 1},

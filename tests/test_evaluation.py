@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, models: tuple[str, str]) ->
     """A composed model whose bridges say something."""
     model = compose(models[0], {"code": models[1]}, every=1)
     for bridge in model.bridges:
-        torch.nn.init.normal_(bridge.cross_o.weight, std=2.0)
+        torch.nn.init.normal_(bridge.cross_o.weight, std=2.0)  # pyrefly: ignore
     place = tmp_path_factory.mktemp("composed") / "model"
     model.save_pretrained(place)
     return str(place)
@@ -76,7 +76,12 @@ def test_all_parts_side_by_side(folder, tasks):
 
 def test_finished_parts_are_not_run_again(folder, tasks, tmp_path, monkeypatch):
     told: list[tuple[str, bool]] = []
-    options = {"include_path": tasks, "limit": 2, "output": tmp_path / "out", "seed": 3}
+    options: dict[str, Any] = {
+        "include_path": tasks,
+        "limit": 2,
+        "output": tmp_path / "out",
+        "seed": 3,
+    }
     options |= {"on_part": lambda *words: told.append(words)}
     run = evaluation.run_part
 
@@ -106,7 +111,12 @@ def test_finished_parts_are_not_run_again(folder, tasks, tmp_path, monkeypatch):
 
 
 def test_changed_tasks_are_other_arguments(folder, tasks, tmp_path):
-    options = {"include_path": tasks, "limit": 1, "parts": ["anchor"], "output": tmp_path / "out"}
+    options: dict[str, Any] = {
+        "include_path": tasks,
+        "limit": 1,
+        "parts": ["anchor"],
+        "output": tmp_path / "out",
+    }
     evaluate(folder, ["tiny_choice"], **options)
     write_lines(Path(tasks) / "choices.jsonl", *CHOICES[::-1])
     with pytest.raises(ValueError, match="holds results for task_files '"):
@@ -115,7 +125,7 @@ def test_changed_tasks_are_other_arguments(folder, tasks, tmp_path):
 
 def test_answers_are_cached_for_each_part(folder, tasks, tmp_path):
     """lm-eval's cache knows questions only: with one file the anchor would get our answers."""
-    options = {"include_path": tasks, "parts": ["composed", "anchor"]}
+    options: dict[str, Any] = {"include_path": tasks, "parts": ["composed", "anchor"]}
     plain = evaluate(folder, ["tiny_text"], **options)
     options |= {"use_cache": tmp_path / "cache" / "answers"}
     for _ in range(2):
@@ -177,7 +187,7 @@ def write_flores(folder: Path, missing: int = 0) -> None:
 def test_flores_has_five_shots_and_chrf(folder, tmp_path, monkeypatch):
     write_flores(tmp_path / "flores")
     monkeypatch.setenv("GRAFTLM_FLORES200", str(tmp_path / "flores"))
-    options = {"parts": ["anchor"], "output": tmp_path / "out"}
+    options: dict[str, Any] = {"parts": ["anchor"], "output": tmp_path / "out"}
     report = evaluate(folder, ["flores200_lij_en"], **options)["parts"]["anchor"]
     assert report["n-shot"] == {"flores200_lij_en": 5}
     assert report["results"]["flores200_lij_en"]["chrf,none"] >= 0

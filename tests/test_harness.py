@@ -45,7 +45,7 @@ def opened(model: ComposedForCausalLM) -> ComposedForCausalLM:
     """With bridges that say something."""
     torch.manual_seed(5)
     for bridge in model.bridges:
-        torch.nn.init.normal_(bridge.cross_o.weight, std=2.0)
+        torch.nn.init.normal_(bridge.cross_o.weight, std=2.0)  # pyrefly: ignore
     return model
 
 
@@ -198,6 +198,19 @@ def test_batches_are_found_automatically(folders):
         assert one == pytest.approx(other, abs=1e-5)
 
 
+def test_batches_are_found_with_two_tokenizers(two):
+    """lm-eval tries them with rows of one token, as long as the context."""
+    lm = GraftLM(two, batch_size="auto", max_batch_size=2)
+    options = {"until": ["never"], "max_gen_toks": 8}
+    for kind, arguments in (
+        ("generate_until", [(text, options) for text in PROMPTS]),
+        ("loglikelihood_rolling", [(text,) for text in PROMPTS]),
+    ):
+        found = getattr(lm, kind)(instances(kind, arguments))
+        expected = getattr(GraftLM(two), kind)(instances(kind, arguments))
+        assert found == (expected if kind == "generate_until" else pytest.approx(expected))
+
+
 def test_chats_are_written_in_the_parts_own_template(folders):
     chat = [{"role": "user", "content": "hi"}]
     lm = GraftLM(folders["shared"], device="cpu")
@@ -231,12 +244,9 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "imports",
-    [
-        "import graftlm, lm_eval.models",
-        pytest.param("import lm_eval.models, graftlm", marks=pytest.mark.slow),
-    ],
+    "imports", ["import graftlm, lm_eval.models", "import lm_eval.models, graftlm"]
 )
 def test_lm_eval_knows_us_whichever_is_imported_first(imports):
     code = f"""

@@ -47,6 +47,8 @@ class GraftLM(HFLM):
         ValueError: If there is no such part, or a setting of `hf` does not apply.
     """
 
+    tokenizer: Any  # HFLM says None, and sets it
+
     def __init__(
         self,
         pretrained: str | ComposedForCausalLM,
@@ -200,10 +202,10 @@ class GraftLM(HFLM):
         masks = {"attention_mask": (places < lengths).long()}
         if self.reads_prompt:
             masks["prompt_mask"] = (places < prompts).long()
-        precision = self.mixed_precision_dtype
+        precision: Any = self.mixed_precision_dtype
         with (
             torch.no_grad(),
-            torch.autocast(self.device.type, dtype=precision, enabled=precision is not None),
+            torch.autocast(inps.device.type, dtype=precision, enabled=precision is not None),
         ):
             return self.model(inps, **masks).logits
 
