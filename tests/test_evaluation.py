@@ -1,6 +1,7 @@
 """`evaluate`: all parts on the same tasks, results in files, and going on where it stopped."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,23 @@ def test_flores_has_five_shots_and_chrf(folder, tmp_path, monkeypatch):
     prompt = samples[1]["arguments"][0][0]
     assert prompt.endswith("\n\nLigurian: paròlla devtest 1\nEnglish:")
     assert prompt.count("English: word dev ") == 5
+
+
+@pytest.mark.slow
+def test_the_ten_languages_of_the_paper_are_a_group(folder, tmp_path, monkeypatch):
+    from graftlm.tasks.flores200.flores200 import NAMES
+
+    write_flores(tmp_path / "flores")
+    for code in NAMES:
+        for split in ("dev", "devtest"):
+            place = tmp_path / "flores" / split
+            shutil.copy(place / f"eng_Latn.{split}", place / f"{code}.{split}")
+    monkeypatch.setenv("GRAFTLM_FLORES200", str(tmp_path / "flores"))
+    report = evaluate(folder, ["flores200_calm"], parts=["anchor"], limit=1, batch_size=10)
+    results = report["parts"]["anchor"]["results"]
+    assert len(results) == 11
+    each = [results[f"flores200_{code.split('_')[0]}_en"]["chrf,none"] for code in NAMES]
+    assert results["flores200_calm"]["chrf,none"] == pytest.approx(sum(each) / 10)
 
 
 def test_flores_of_different_lengths_is_refused(folder, tmp_path, monkeypatch):

@@ -165,6 +165,14 @@ def test_a_fresh_composition_scores_as_its_anchor(folders):
     assert score(GraftLM(folders["fresh"], device="cpu")) == score(alone)
 
 
+def test_lm_evals_own_model_class_loads_a_composed_folder(folders):
+    """It passes `gguf_file=None` and others, which loading refused."""
+    theirs = HFLM(folders["shared"], device="cpu")
+    assert score(theirs) == score(GraftLM(folders["shared"], device="cpu"))
+    with pytest.raises(TypeError, match="from_pretrained got unknown arguments: max_memory"):
+        ComposedForCausalLM.from_pretrained(folders["shared"], max_memory={"cpu": "1GB"})
+
+
 def test_a_scale_of_zero_is_the_anchor(folders):
     off = GraftLM(folders["shared"], scale=0, device="cpu")
     assert score(off) == score(HFLM(folders["anchor"], device="cpu"))
@@ -256,6 +264,31 @@ print(get_model("graftlm").__name__)
 """
     done = run("-c", code)
     assert done.stdout.strip() == "GraftLM", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "is_imported"),
+    [
+        (["lm_eval", "--model", "graftlm"], True),
+        (["-m", "lm_eval"], True),
+        (["-u", "-m", "lm_eval", "run"], True),
+        (["other"], False),
+        (["other", "--tasks", "of", "lm_eval"], False),
+    ],
+)
+def test_only_lm_evals_command_imports_us_at_the_start(tmp_path: Path, words, is_imported):
+    """The line of start-up code, read from a folder as Python reads site-packages."""
+    line = Path(__file__).parents[1] / "src" / "lm_eval_plugin.pth"
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "plugin.pth").write_text(line.read_text())
+    code = "import site, sys; site.addsitedir('site'); print('graftlm' in sys.modules)\n"
+    code += "assert 'torch' not in sys.modules\n"
+    for name in ("lm_eval", "lm_eval.py", "other"):
+        (tmp_path / name).write_text(code)
+    done = subprocess.run(
+        [sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.stdout == f"{is_imported}\n", done.stderr
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
 """lm-eval's own command line, knowing composed models: `python -m graftlm.lm_eval`.
 
 lm-eval finds models in a registry of its own and has no entry points for others. Its command with
-graftlm imported first is all there is to add; every option is its own.
+graftlm imported first is all there is to add; every option is its own. Where graftlm is installed,
+`lm_eval` itself does that (`src/lm_eval_plugin.pth`).
 
 python -m graftlm.lm_eval --model graftlm --model_args pretrained=FOLDER --tasks gsm8k
 """
