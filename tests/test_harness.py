@@ -191,6 +191,18 @@ def test_generation_is_the_models_own(two, batch_size):
         assert found == lm.tokenizer.decode(made, skip_special_tokens=True)
 
 
+def test_generation_reads_the_prompt_of_each_row(folders):
+    """Rows of different lengths, padded on the left, with a model that reads prompts only."""
+    lm = GraftLM(folders["prompt"], device="cpu", batch_size=3)
+    options = {"until": ["never"], "max_gen_toks": 8}
+    prompts = ["The quick brown fox", "ab", "def add"]
+    found = lm.generate_until(instances("generate_until", [(p, options) for p in prompts]), True)
+    for prompt, text in zip(prompts, found, strict=True):
+        ids = lm.tokenizer(prompt, return_tensors="pt")["input_ids"]
+        made = lm.model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+        assert text == lm.tokenizer.decode(made, skip_special_tokens=True)
+
+
 def test_rolling_likelihood_is_the_sum_over_all_tokens(two):
     lm = GraftLM(two, batch_size=2)
     texts = ["The quick brown fox", "nobody counted further than 12; 345 was the sea."]

@@ -8,25 +8,25 @@ python -m graftlm.lm_eval --model graftlm --model_args pretrained=FOLDER --tasks
 """
 
 import importlib
+import sys
 
-import graftlm as graftlm  # which registers its models
+from graftlm.cli import fail
+from graftlm.evaluation import require_lm_eval
 
 
-def main() -> None:
-    """Run lm-eval's command.
+def main() -> int:
+    """Run lm-eval's command; importing graftlm, above, has registered its models.
 
-    Raises:
-        ImportError: If lm-eval is missing.
+    Returns:
+        0 if it went well, 2 if lm-eval is missing.
     """
     try:
-        command = importlib.import_module("lm_eval.__main__")
-    except ModuleNotFoundError as exc:
-        raise ImportError(
-            "evaluation needs the lm-eval package, which is missing; "
-            "pip install 'graftlm[evaluate]'"
-        ) from exc
-    command.cli_evaluate()
+        require_lm_eval()
+    except ImportError as error:
+        return fail(str(error))
+    importlib.import_module("lm_eval.__main__").cli_evaluate()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
