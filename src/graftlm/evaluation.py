@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -77,15 +78,18 @@ def evaluate(
     parts = list(parts or harness.part_names(config))
     for part in parts:
         harness.check_part(config, part)
-    arguments = {
-        "model": identity(config),
-        "tasks": sorted(tasks),
+    settings: dict[str, Any] = {
         "num_fewshot": num_fewshot,
         "limit": limit,
         "apply_chat_template": apply_chat_template,
+    }
+    arguments = settings | {
+        "model": identity(config),
+        "tasks": sorted(tasks),
         "seed": seed,
         "task_files": None if include_path is None else files_hash(Path(include_path)),
         "loading": {name: str(loading[name]) for name in LOADING if loading.get(name)},
+        "lm_eval": version("lm_eval"),
     }
     report = read_report(output, arguments)
     model: Any = None
@@ -98,12 +102,9 @@ def evaluate(
             continue
         manager = manager or find_tasks(tasks, include_path)
         model = load(folder, device, **loading) if model is None else model
-        settings = {
+        settings |= {
             "tasks": manager.match_tasks(list(tasks)),
             "task_manager": manager,
-            "num_fewshot": num_fewshot,
-            "limit": limit,
-            "apply_chat_template": apply_chat_template,
             "use_cache": cache_path(use_cache, part, arguments),
             **seeds(seed),
         }
