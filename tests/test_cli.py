@@ -18,6 +18,7 @@ from graftlm import ComposedForCausalLM
 from graftlm.cli import VERBS, build_parser, main
 from graftlm.cli.help import children, page
 from graftlm.recipe import Recipe
+from lm_tasks import write_tasks
 from tiny import character_tokenizer, save_model, save_pair, sums, write_lines
 
 REPOSITORY = Path(__file__).parents[1]
@@ -101,6 +102,7 @@ def test_version_and_module(capsys: pytest.CaptureFixture[str]) -> None:
         (["compose", "--anchor", "a"], "required: --augmenting, --output"),
         (["compose", "--every", "x"], "argument --every: invalid int value: 'x'"),
         (["generate"], "the following arguments are required: FOLDER"),
+        (["evaluate", "folder"], "the following arguments are required: --tasks"),
         (["reproduce"], "the following arguments are required: EXPERIMENT"),
     ],
 )
@@ -234,6 +236,62 @@ def test_plan_needs_configurations_only(
     assert shown.count("NO") == 3
     assert "warning: training, whole copies does not fit, by " in shown
     assert "devices is 'many'" in output.of(*line, "many", status=2)
+
+
+# ---- evaluate ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    pytest.importorskip("lm_eval")
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+    return write_tasks(tmp_path / "tasks")
+
+
+def test_evaluate_shows_the_parts_side_by_side(
+    opened: str, models: tuple[str, str], tasks: str, tmp_path: Path, output: Output
+) -> None:
+    words = ["evaluate", opened, "--tasks", "tiny_choice,tiny_text", "--include-path", tasks]
+    words += ["--batch-size", "2", "--limit", "3", "--num-fewshot", "1", "--seed", "5"]
+    words += ["--use-cache", str(tmp_path / "answers"), "--output", str(tmp_path / "out")]
+    words += ["--device", "cpu", "--dtype", "float32", "--apply-chat-template"]
+    shown = output.of(*words)
+    names = ("composed", "anchor", "code")
+    heading = next(line for line in shown.splitlines() if line.startswith("task"))
+    assert heading.split() == ["task", "metric", "filter", "n-shot", *names]
+    results = json.loads((tmp_path / "out" / "results.json").read_text())["parts"]
+    values = [results[name]["results"]["tiny_choice"]["acc,none"] for name in names]
+    line = next(line for line in shown.splitlines() if line.startswith("tiny_choice  acc "))
+    assert [word.strip("*") for word in line.split()[3::3]] == [f"{v:.4f}" for v in values]
+    bits = [results[name]["results"]["tiny_text"]["bits_per_byte,none"] for name in names]
+    assert f"{min(bits):.4f}*" in shown  # the lower the better
+    assert shown.endswith(f"Results and samples: {tmp_path / 'out'}\n")
+    assert main(words) == 0
+    again = output.capsys.readouterr()
+    assert again.out == shown
+    assert again.err == "".join(f"{name}: finished before\n" for name in names)
+    message = "holds results for seed 5, not None; choose another output folder"
+    assert message in output.of(*(w for w in words if w not in ("--seed", "5")), status=2)
+
+
+def test_evaluate_one_part(opened: str, tasks: str, output: Output) -> None:
+    words = ["evaluate", opened, "--tasks", "tiny_answer", "--include-path", tasks]
+    shown = output.of(*words, "--parts", "code,anchor", "--batch-size", "auto", "--verbose")
+    heading = next(line for line in shown.splitlines() if line.startswith("task"))
+    assert heading.split()[-2:] == ["code", "anchor"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--batch-size", "0"], "--batch-size is '0', but must be a positive whole number or auto"),
+        (["--parts", "ancor"], "part is 'ancor', but must be one of composed, anchor, code"),
+        (["--include-path", "nowhere"], "include_path is 'nowhere', but there is no such folder"),
+    ],
+)
+def test_evaluate_refuses(words: list[str], message: str, opened: str, output: Output) -> None:
+    pytest.importorskip("lm_eval")
+    assert message in output.of("evaluate", opened, "--tasks", "tiny_choice", *words, status=2)
 
 
 # ---- compose and inspect -----------------------------------------------------------------

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from graftlm.composed import ComposedModel
     from graftlm.config import BridgeConfig, ComposedConfig, Connection
     from graftlm.errors import CheckpointMismatchError, GraftlmError, UnsupportedModelError
+    from graftlm.evaluation import evaluate
     from graftlm.loading import compose
     from graftlm.processor import ComposedDataCollator, ComposedProcessor
     from graftlm.states_cache import StatesCache
@@ -41,6 +42,7 @@ _HOME = {
     "StatesCache": "states_cache",
     "cache_states": "caching",
     "compose": "loading",
+    "evaluate": "evaluation",
     "verify": "verification",
 }
 
@@ -62,6 +64,7 @@ __all__ = [
     "__version__",
     "cache_states",
     "compose",
+    "evaluate",
     "verify",
 ]
 

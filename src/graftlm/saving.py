@@ -167,13 +167,14 @@ class SavesBridges(ComposedPreTrainedModel):
                 the checkpoint; the weights are read once more for that.
             revision, subfolder, cache_dir, token, local_files_only, force_download: For a
                 composed model on the hub.
-            kwargs: Refused, but for what transformers' Auto classes add.
+            kwargs: Refused, but for what transformers' Auto classes add; None is no argument.
 
         Raises:
             CheckpointMismatchError: If a file is missing or damaged, or a base model differs.
             ValueError: If a base model cannot be found.
         """
-        unknown = set(kwargs) - {"_from_auto", "adapter_kwargs", "torch_dtype", "weights_only"}
+        asked = {name for name, value in kwargs.items() if value is not None}
+        unknown = asked - {"_from_auto", "adapter_kwargs", "torch_dtype", "weights_only"}
         if unknown:
             raise TypeError(f"from_pretrained got unknown arguments: {', '.join(sorted(unknown))}")
         folder = os.fspath(pretrained_model_name_or_path)

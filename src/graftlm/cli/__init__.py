@@ -20,6 +20,7 @@ VERBS = {
     "train": "train the bridges, from a YAML recipe or flags",
     "generate": "continue a prompt with a composed model",
     "verify": "prove on your own models that a composition is exact",
+    "evaluate": "run lm-eval on a composed model and each of its parts",
     "inspect": "show layers, connections, parameters and memory",
     "plan": "count memory and time before anything is downloaded",
     "reproduce": "repeat an experiment of the CALM paper",
