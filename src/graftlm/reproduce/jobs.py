@@ -305,7 +305,7 @@ def answer(
     """A system's answers; those of the pipeline begin with what the augmenting model said."""
     experiment = study.experiment
     options = {"batch_size": experiment.answer_batch, "run_code": study.run_code}
-    if system.alone != "pipeline":
+    if system.alone != "pipeline" or not all(example.source for example in examples):
         return ask(runner, examples, test, **options)
     changed, beginnings = through_text(study, examples, test)
     beginnings += [""] * (len(examples) - len(beginnings))
