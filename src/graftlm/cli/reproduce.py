@@ -43,9 +43,7 @@ def run(args: argparse.Namespace) -> int:
     main = list(experiment.systems)
     run_experiment(
         experiment,
-        systems=flags.named_systems(
-            args.systems, args.seeds, main, list(experiment.ablations)
-        ),
+        systems=flags.named_systems(args.systems, args.seeds, main, list(experiment.ablations)),
         output=args.output,
         jobs=args.jobs,
         device=args.device,

@@ -37,9 +37,7 @@ def ask(
     return answers
 
 
-def judged(
-    examples: Sequence[Example], answers: Sequence[Answer], allowed: bool
-) -> list[Answer]:
+def judged(examples: Sequence[Example], answers: Sequence[Answer], allowed: bool) -> list[Answer]:
     """Run the answers as programs."""
     from graftlm.reproduce.code_tests import passes
 
@@ -105,9 +103,7 @@ def cut(text: str, stop: str | None) -> str:
     return text if stop is None else text.strip().split(stop)[0].strip()
 
 
-def generate(
-    runner: Runner, prompts: Features, length: int, stop: str | None
-) -> torch.Tensor:
+def generate(runner: Runner, prompts: Features, length: int, stop: str | None) -> torch.Tensor:
     """The tokens that continue prompts."""
     device = runner.model.device
     inputs = to_device(pad(prompts, left=True), device)

@@ -9,8 +9,8 @@ from functools import cache, partial
 from pathlib import Path
 
 from graftlm.reproduce.code_data import GROUPS, load_data
-from graftlm.reproduce.example import Data, Example
 from graftlm.reproduce.domain import shuffled_pieces
+from graftlm.reproduce.example import Data, Example
 from graftlm.reproduce.experiment import Composition, Experiment, Goal, Models, Test, Training
 from graftlm.reproduce.metrics import BITS_PER_BYTE, CHRF, PASS_AT_1, PERPLEXITY
 from graftlm.reproduce.real_models import require_model

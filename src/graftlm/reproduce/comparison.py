@@ -68,7 +68,9 @@ def costs(outcomes: Mapping[str, Mapping[int, Outcome]]) -> dict[str, Any]:
     for name, seeds in outcomes.items():
         taken = [asdict(outcome.cost) for outcome in seeds.values()]
         made[name] = {
-            key: fmean(values) if (values := [t[key] for t in taken if t[key] is not None]) else None
+            key: fmean(values)
+            if (values := [t[key] for t in taken if t[key] is not None])
+            else None
             for key in taken[0]
         }
     return made
@@ -76,18 +78,13 @@ def costs(outcomes: Mapping[str, Mapping[int, Outcome]]) -> dict[str, Any]:
 
 def verdicts(experiment: Experiment, table: Table) -> list[dict[str, Any]]:
     """Each goal: met, missed, or not measured, and by what numbers."""
-    return [
-        {"says": goal.says} | judge(experiment, goal, table)
-        for goal in experiment.goals
-    ]
+    return [{"says": goal.says} | judge(experiment, goal, table) for goal in experiment.goals]
 
 
 def judge(experiment: Experiment, goal: Goal, table: Table) -> dict[str, Any]:
     """Whether a goal is met in each of its groups."""
     test = experiment.tests[goal.test]
-    metric = next(
-        m for m in test.metrics if goal.metric in (None, m.name)
-    )
+    metric = next(m for m in test.metrics if goal.metric in (None, m.name))
     lines, verdict = [], []
     for group, metrics in table.get(goal.test, {}).items():
         if goal.group not in (None, group):
@@ -118,9 +115,7 @@ def checks(goal: Goal, metric: Metric, cells: Mapping[str, Cell]) -> list[tuple[
         ahead = -against.difference if metric.lower_is_better else against.difference
         sure = goal.level is None or against.p_corrected < goal.level
         won = ahead >= goal.margin and ahead > 0 and sure
-        made.append(
-            (f"{ahead:+.{metric.digits}f} over {name} (p {against.p_corrected:.4f})", won)
-        )
+        made.append((f"{ahead:+.{metric.digits}f} over {name} (p {against.p_corrected:.4f})", won))
     return made
 
 
@@ -152,12 +147,12 @@ def cells_as_json(table: Table) -> Any:
     }
 
 
-def curves(outcomes: Mapping[str, Mapping[int, Outcome]]) -> dict[str, list[list[tuple[int, float]]]]:
+def curves(
+    outcomes: Mapping[str, Mapping[int, Outcome]],
+) -> dict[str, list[list[tuple[int, float]]]]:
     """Training losses by system and seed."""
     return {
         name: [outcome.losses for _, outcome in sorted(seeds.items())]
         for name, seeds in outcomes.items()
         if any(outcome.losses for outcome in seeds.values())
     }
-
-

@@ -1,7 +1,6 @@
 """What a system takes: weights that train, operations, seconds, memory, tokens a second."""
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import torch
 
 from graftlm.planning import flop_counter
 from graftlm.reproduce.answering import to_device
-from graftlm.reproduce.example import Example
+from graftlm.reproduce.encoding import Features
 from graftlm.reproduce.fitting import target_loss
 from graftlm.reproduce.runner import Runner
 
@@ -61,7 +60,7 @@ class Meter:
         self,
         runner: Runner,
         *,
-        examples: Sequence[Example],
+        batch: Features,
         steps: int,
         weights: int,
         tokens_per_second: float | None,
@@ -69,13 +68,13 @@ class Meter:
         """All of it.
 
         Args:
-            examples: A batch, whose operations are counted if the system was trained.
+            batch: Of its training, whose operations are counted.
         """
         flops = 0
         if steps:
-            batch = to_device(runner.collate(runner.encode(examples)), runner.model.device)
+            inputs = to_device(runner.collate(batch), runner.model.device)
             with flop_counter() as counter:
-                target_loss(runner.model, batch, bf16=runner.bf16).backward()
+                target_loss(runner.model, inputs, bf16=runner.bf16).backward()
             runner.model.zero_grad(set_to_none=True)
             flops = counter.get_total_flops() * steps
         return Cost(

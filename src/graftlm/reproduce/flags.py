@@ -59,9 +59,7 @@ def kv_arguments(parser: argparse.ArgumentParser) -> None:
 
 def language_arguments(parser: argparse.ArgumentParser) -> None:
     """Of the low-resource experiment."""
-    parser.add_argument(
-        "--language", choices=("chichewa", "guarani", "xhosa"), default="chichewa"
-    )
+    parser.add_argument("--language", choices=("chichewa", "guarani", "xhosa"), default="chichewa")
 
 
 def code_arguments(parser: argparse.ArgumentParser) -> None:

@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from graftlm.reproduce import cost
 from graftlm.reproduce.answering import ask, judged, say
-from graftlm.reproduce.encoding import shown, training_order
+from graftlm.reproduce.encoding import Features, training_order
 from graftlm.reproduce.example import Data, Example
 from graftlm.reproduce.experiment import Experiment, Models, Test, Training
 from graftlm.reproduce.files import write_text
@@ -171,9 +171,7 @@ def visible_gpus() -> list[str]:
     return named.split(",") if named else [str(k) for k in range(torch.cuda.device_count())]
 
 
-def run_alone(
-    study: Study, job: Job, path: Path, threads: int, gpus: Sequence[str]
-) -> Outcome:
+def run_alone(study: Study, job: Job, path: Path, threads: int, gpus: Sequence[str]) -> Outcome:
     """A job in a process of its own, which sees one of the GPUs."""
     if gpus:  # before CUDA starts in this process; Trainer would use all that it sees
         (number,) = multiprocessing.current_process()._identity
@@ -193,7 +191,9 @@ def run_job(study: Study, job: Job, path: Path, console: Console) -> Outcome:
     runner = make_runner(
         experiment, study.models, system, job.seed, shots=shots, device=study.device
     )
-    losses = train(study, job, system, runner, data, console) if system.trains else []
+    losses, batch = [], []
+    if system.trains:
+        losses, batch = train(study, job, system, runner, data, console)
     watched.trained()
     answers, tokens, seconds = score(study, system, runner, data)
     found = {job.name: answers}
@@ -201,15 +201,12 @@ def run_job(study: Study, job: Job, path: Path, console: Console) -> Outcome:
         found[other], _, _ = score(study, experiment.system(other), misread(runner), data)
     if job.name == "composed":
         runner.model.save_pretrained(study.folder / "composed" / str(job.seed))
-    settings = settings_of(experiment, system)
     outcome = Outcome(
         answers=found,
         losses=losses,
         cost=watched.cost(
             runner,
-            examples=training_order(
-                data.composition, settings.batch_size, settings.batch_size, 0, by_length=False
-            ),
+            batch=batch,
             steps=losses[-1][0] if losses else 0,
             weights=trainable(runner.model) if system.trains else 0,
             tokens_per_second=tokens / seconds if seconds else None,
@@ -226,8 +223,12 @@ def settings_of(experiment: Experiment, system: System) -> Training:
 
 def train(
     study: Study, job: Job, system: System, runner: Runner, data: Data, console: Console
-) -> list[tuple[int, float]]:
-    """Train a fresh system on the examples of its seed."""
+) -> tuple[list[tuple[int, float]], Features]:
+    """Train a fresh system on the examples of its seed.
+
+    Returns:
+        Step and mean loss since the last entry; and a batch as it was trained on.
+    """
     settings = settings_of(study.experiment, system)
     rate = {
         "bridges": settings.learning_rate,
@@ -235,11 +236,13 @@ def train(
         "anchor": settings.full_learning_rate,
     }[system.trains or "bridges"]
     losses: list[tuple[int, float]] = []
+    features: Features = []
     for title, examples in stages(system, runner, data, settings, job.seed):
         before = losses[-1][0] if losses else 0
+        features = runner.encode(examples)
         found = fit(
             runner,
-            runner.encode(examples),
+            features,
             settings,
             learning_rate=rate,
             seed=job.seed,
@@ -248,7 +251,7 @@ def train(
             device=study.device,
         )
         losses += [(before + step, loss) for step, loss in found]
-    return losses
+    return losses, features[: settings.batch_size]
 
 
 def stages(
@@ -280,9 +283,7 @@ def stages(
         yield f" ({name})", drawn(usable, settings.examples // len(names))
 
 
-def score(
-    study: Study, system: System, runner: Runner, data: Data
-) -> tuple[Answers, int, float]:
+def score(study: Study, system: System, runner: Runner, data: Data) -> tuple[Answers, int, float]:
     """Answers to all tests, and how many tokens were generated in how many seconds."""
     answers: Answers = {}
     tokens, seconds = 0, 0.0

@@ -101,7 +101,9 @@ ABOUT = (
 )
 
 
-def experiment(preset: str = "small", *, dc: str = "mix", examples: int | None = None) -> Experiment:
+def experiment(
+    preset: str = "small", *, dc: str = "mix", examples: int | None = None
+) -> Experiment:
     """One preset of the experiment.
 
     Args:
@@ -241,5 +243,3 @@ def pipeline(example: Example, said: str) -> tuple[Example, str]:
     """The anchor works out what the augmenting model wrote in the place of the keys."""
     written = said.split("->")[0]
     return replace(example, source=written), f"{written}->"
-
-

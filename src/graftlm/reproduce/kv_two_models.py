@@ -52,10 +52,20 @@ def experiment(preset: str = "small", *, examples: int | None = None) -> Experim
         systems=TWO,
         ablations={},
         goals=(
-            Goal(says="both halves in one expression: at least 80 %", test="KV-MATH",
-                 group="both", at_least=80),
-            Goal(says="either model alone is beaten where halves mix", test="KV-MATH",
-                 group="both", beats=("first", "second"), margin=30, level=0.01),
+            Goal(
+                says="both halves in one expression: at least 80 %",
+                test="KV-MATH",
+                group="both",
+                at_least=80,
+            ),
+            Goal(
+                says="either model alone is beaten where halves mix",
+                test="KV-MATH",
+                group="both",
+                beats=("first", "second"),
+                margin=30,
+                level=0.01,
+            ),
         ),
         pipeline=None,
         changes={"preset": preset},
@@ -102,7 +112,11 @@ def scored_expressions(
     """Expressions over held-out keys of the first half, of the second, and of both."""
     halves = [[key for key in held_out if owner[key] == name] for name in HALVES]
     both = kv_data.key_evaluation(task, *halves, seed, number)
-    return {"first half": both["held-in"], "second half": both["all-held-out"], "both": both["mixed"]}
+    return {
+        "first half": both["held-in"],
+        "second half": both["all-held-out"],
+        "both": both["mixed"],
+    }
 
 
 def with_needs(example: Example, owner: dict[str, str]) -> Example:

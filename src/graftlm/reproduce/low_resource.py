@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from graftlm.gguf import default_cache
-from graftlm.reproduce.example import Data, Example
 from graftlm.reproduce.domain import shuffled_pieces
+from graftlm.reproduce.example import Data, Example
 from graftlm.reproduce.experiment import Composition, Experiment, Goal, Models, Test, Training
 from graftlm.reproduce.language_model import PRESETS, find_tokenizer, train_language_model
 from graftlm.reproduce.low_resource_data import load_data, load_texts
@@ -53,9 +53,7 @@ ABLATIONS = {
     ),
     "full-width": System(title="full width", composition={"width": None, "num_heads": None}),
     "no-position": System(title="no position (the paper)", composition={"position": "none"}),
-    "committed": System(
-        title="sees finished words only", composition={"alignment": "committed"}
-    ),
+    "committed": System(title="sees finished words only", composition={"alignment": "committed"}),
     "gate": System(title="a gate that starts at zero", composition={"gate": True}),
     "dc-10%": System(title="a tenth of D_C, ten times", training={"distinct": 150}),
 }

@@ -58,10 +58,6 @@ class Metric:
     lower_is_better: bool = False
     digits: int = 1
 
-    def __reduce__(self) -> Any:
-        """Metrics are known by name, so that processes can share experiments."""
-        return METRICS.__getitem__, (self.name,)
-
     def of(self, examples: Sequence[Example], answers: Sequence[Answer]) -> float:
         """The score itself."""
         return float(self.score(self.rows(examples, answers).sum(0)))
@@ -117,7 +113,7 @@ def matches(examples: Sequence[Example], answers: Sequence[Answer]) -> Rows:
 
 
 def chrf() -> Any:
-    """sacrebleu's chrF.
+    """Sacrebleu's chrF.
 
     Raises:
         ImportError: If sacrebleu is not installed.
@@ -126,8 +122,7 @@ def chrf() -> Any:
         from sacrebleu.metrics import CHRF
     except ImportError as error:
         raise ImportError(
-            "sacrebleu is not installed, which scores texts; "
-            "run: pip install 'graftlm[reproduce]'"
+            "sacrebleu is not installed, which scores texts; run: pip install 'graftlm[reproduce]'"
         ) from error
     return CHRF(beta=BETA)
 
@@ -141,7 +136,7 @@ def ngrams(examples: Sequence[Example], answers: Sequence[Answer]) -> Rows:
 
 
 def chrf_score(sums: Sums) -> Scores:
-    """chrF from summed n-grams, as sacrebleu works it out: F2 of the mean precision and recall."""
+    """ChrF from summed n-grams, as sacrebleu works it out: F2 of the mean precision and recall."""
     ours, theirs, shared = (sums[..., k::3] for k in range(3))
     counts = (ours > 0) & (theirs > 0)
     orders = np.maximum(counts.sum(-1), 1)

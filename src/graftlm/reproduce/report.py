@@ -91,7 +91,9 @@ def table(
             if (share := results["gains"][test][group][first].get(name)) is not None
         ]
         # A gain that is chance has no shares worth showing.
-        share = f"{100 * sum(shares) / len(shares):.0f} %" if shares and gained(groups, first) else ""
+        share = (
+            f"{100 * sum(shares) / len(shares):.0f} %" if shares and gained(groups, first) else ""
+        )
         rows.append([results["systems"][name], *cells, share, str(results["seeds"][name])])
     return {"title": title, "caption": caption, "head": head, "rows": rows}
 

@@ -161,5 +161,3 @@ def samples(data: Any, found: dict[str, dict[int, Any]]) -> list[dict[str, Any]]
         for group, examples in groups.items()
         if examples
     ]
-
-

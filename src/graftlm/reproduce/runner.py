@@ -104,8 +104,7 @@ def alone(
         model=load(experiment, path, device).eval(),
         tokenizer=tokenizer,
         encode=lambda examples: [
-            feature(example, tokenizer, shown(shots.get(example.group, ())))
-            for example in examples
+            feature(example, tokenizer, shown(shots.get(example.group, ()))) for example in examples
         ],
         collate=pad,
         bf16=experiment.training.bf16,

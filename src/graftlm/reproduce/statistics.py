@@ -94,9 +94,7 @@ def bootstrap(
     """
     seeds = min(len(ours), len(theirs))
     pairs = list(zip(ours[:seeds], theirs[:seeds], strict=True))
-    observed = fmean(
-        float(metric.score(a.sum(0)) - metric.score(b.sum(0))) for a, b in pairs
-    )
+    observed = fmean(float(metric.score(a.sum(0)) - metric.score(b.sum(0))) for a, b in pairs)
     rng = np.random.default_rng(0)
     size = min(len(a) for a, _ in pairs)
     differences = np.empty(resamples)

@@ -60,9 +60,7 @@ SYSTEMS = {
     "self": System(title="composed with a copy of m_B", reads_model="anchor"),
     "prompt": System(title="m_A reads the prompt only", reads="prompt"),
     "lora": System(title="LoRA on D_C, as many parameters", trains="lora"),
-    "lora-domain": System(
-        title="LoRA on all domain data and D_C", trains="lora", learns="domain"
-    ),
+    "lora-domain": System(title="LoRA on all domain data and D_C", trains="lora", learns="domain"),
     "full": System(
         title="full fine-tuning on all domain data and D_C", trains="anchor", learns="domain"
     ),
