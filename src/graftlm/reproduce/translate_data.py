@@ -5,14 +5,15 @@ are dropped: the text repeats itself. A second test is the Declaration of Human 
 """
 
 import random
-import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from graftlm.reproduce.near_duplicates import unlike
+from graftlm.reproduce.packages import fetch
 from graftlm.reproduce.translate_sources import (
     DECLARATION,
     ENGLISH,
@@ -21,7 +22,6 @@ from graftlm.reproduce.translate_sources import (
     Language,
     Verse,
     declaration_pairs,
-    fetch,
     read_verses,
 )
 
@@ -30,7 +30,6 @@ DEVELOPMENT_CHAPTERS = frozenset(range(9, 115, 12))  # what settings were chosen
 SHORTEST, LONGEST = 20, 120  # characters of a verse; the longest ones would eat the budget
 LONGEST_PARAGRAPH = 250  # characters of the Declaration
 LARGEST_RATIO = 2.0  # of lengths; beyond it a translation joins several verses
-SIMILAR = 0.6  # share of three-word runs a test verse may not have in common with a training verse
 IGNORED = -100
 
 
@@ -151,44 +150,6 @@ def few_shots(training: Sequence[Pair], number: int) -> list[Pair]:
     """Examples of middling length, spread over the training pairs."""
     middling = [pair for pair in training if 40 <= len(pair.source) <= 80]
     return [middling[len(middling) * (2 * k + 1) // (2 * number)] for k in range(number)]
-
-
-# ---- near duplicates ---------------------------------------------------------------------
-
-
-def runs(text: str, length: int = 3) -> set[tuple[str, ...]]:
-    """All runs of three words, or the whole of a shorter text; case and marks do not count."""
-    words = re.findall(r"\w+", text.lower())
-    return {tuple(words[k : k + length]) for k in range(max(len(words) - length + 1, 1))}
-
-
-def unlike(pairs: Iterable[Pair], training: Sequence[Pair]) -> list[Pair]:
-    """The pairs whose source and target are both new: like no one of the training pairs'."""
-    sides = [(lambda pair: pair.source), (lambda pair: pair.target)]
-    indices: list[dict[tuple[str, ...], list[int]]] = []
-    for side in sides:
-        index: dict[tuple[str, ...], list[int]] = defaultdict(list)
-        for number, pair in enumerate(training):
-            for run in runs(side(pair)):
-                index[run].append(number)
-        indices.append(index)
-    return [
-        pair
-        for pair in pairs
-        if all(
-            overlap(side(pair), index) < SIMILAR for side, index in zip(sides, indices, strict=True)
-        )
-    ]
-
-
-def overlap(text: str, index: dict[tuple[str, ...], list[int]]) -> float:
-    """The largest share of a text's runs that one training text has."""
-    own = runs(text)
-    shared: dict[int, int] = defaultdict(int)
-    for run in own:
-        for number in index.get(run, ()):
-            shared[number] += 1
-    return max(shared.values(), default=0) / len(own)
 
 
 # ---- tokens ------------------------------------------------------------------------------

