@@ -20,7 +20,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from graftlm import compose
 from graftlm.reproduce import (
@@ -158,7 +158,9 @@ def test_pip_takes_a_wheel_of_another_platform(tmp_path, monkeypatch) -> None:
     shelf.mkdir()
     wheel = shelf / "texts-1.0-cp39-cp39-manylinux_2_17_riscv64.manylinux2014_riscv64.whl"
     facts = "Metadata-Version: 2.1\nName: texts\nVersion: 1.0\n"
-    write_zip(wheel, {"texts/a.txt": "A", "texts-1.0.dist-info/METADATA": facts})
+    files = {"METADATA": facts, "WHEEL": "Wheel-Version: 1.0\n", "RECORD": ""}
+    files = {f"texts-1.0.dist-info/{name}": text for name, text in files.items()}
+    write_zip(wheel, {"texts/a.txt": "A", **files})
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(shelf))
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
@@ -333,15 +335,11 @@ def everything(data: Data) -> list[Example]:
 
 def test_verses_are_aligned_by_their_numbers(shelf) -> None:
     rows = low_resource_sources.bible_rows(shelf)
-    places = [
-        (b, c, n)
-        for b, count in CHAPTERS.items()
-        for c in range(1, count + 1)
-        for n in (1, 2, 3, 4)
-    ]
+    chapters = [(b, c) for b, count in CHAPTERS.items() for c in range(1, count + 1)]
     assert rows == [
         (f"{BOOKS[b - 1]} {c}", verse("ny", b, c, n), verse("en", b, c, n))
-        for b, c, n in places
+        for b, c in chapters
+        for n in range(1, 5)
         if (b, c, n) != (GENESIS, 1, 2)
     ]
 
@@ -391,7 +389,6 @@ def test_nothing_of_the_tests_is_trained_on(shelf, language) -> None:
     assert not {text.source for text in data.retention["text"]} & set(texts.english)
     assert len({text[:100] for text in texts.english}) == len(texts.english)
     held_out = " ".join(text for some in texts.held_out.values() for text in some)
-    assert next(iter(data.tests.values()))  # the books, of which one is scored by itself
     if language == "chichewa":
         assert verse("ny", MARK, 1, 1) in held_out
         assert verse("ny", RUTH, 1, 1) not in held_out
@@ -471,6 +468,11 @@ def train(output: Path, **changes: Any) -> Path:
     return train_language_model(arguments.pop("texts", LINES), output=output, **arguments)
 
 
+def tokenizer_of(folder: Path | str) -> Any:
+    """As transformers' users load it."""
+    return AutoTokenizer.from_pretrained(folder)
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
@@ -503,7 +505,7 @@ def test_a_tokenizer_is_trained_once(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(language_model, "train_tokenizer", lambda *_: pytest.fail("again"))
     assert find_tokenizer(LINES, 280, tmp_path).get_vocab() == first.get_vocab()
     [folder] = tmp_path.iterdir()
-    assert AutoTokenizer.from_pretrained(folder)(LINES)["input_ids"] == first(LINES)["input_ids"]
+    assert tokenizer_of(folder)(LINES)["input_ids"] == first(LINES)["input_ids"]
 
 
 def test_texts_are_packed_whole() -> None:
@@ -530,7 +532,7 @@ def test_a_model_learns_its_texts_and_is_an_ordinary_folder(trained) -> None:
     assert losses[0] > math.log(300) - 0.3
     assert losses[-1] < losses[0] - 1
     model = AutoModelForCausalLM.from_pretrained(trained)
-    tokenizer = AutoTokenizer.from_pretrained(trained)
+    tokenizer = tokenizer_of(trained)
     assert model.dtype == torch.float32
     assert record["parameters"] == model.num_parameters()
     scored = bits_per_byte(model.eval(), tokenizer, LINES[:2])
@@ -571,6 +573,7 @@ def test_an_interrupted_training_goes_on(trained, tmp_path, monkeypatch) -> None
     assert not work.exists()
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on_from_its_last_checkpoint(trained, tmp_path) -> None:
     code = f"""
 import os, sys
@@ -599,7 +602,7 @@ def test_a_finished_training_is_not_repeated(trained, monkeypatch) -> None:
 def test_a_model_goes_on_with_other_texts(trained, tmp_path) -> None:
     texts = ["Mulungu adalenga kumwamba ndi dziko lapansi."] * 20
     further = train(tmp_path, texts=texts, start_from=trained)
-    one, other = (AutoTokenizer.from_pretrained(folder) for folder in (trained, further))
+    one, other = (tokenizer_of(folder) for folder in (trained, further))
     assert one.get_vocab() == other.get_vocab()
     before, after = (AutoModelForCausalLM.from_pretrained(f).eval() for f in (trained, further))
     assert bits_per_byte(after, one, texts[:1]) < bits_per_byte(before, one, texts[:1]) - 1
@@ -614,7 +617,7 @@ def test_a_model_goes_on_with_other_texts(trained, tmp_path) -> None:
 def test_it_composes_with_an_anchor_of_other_tokens(trained, tmp_path) -> None:
     anchor = save_model(tmp_path / "anchor", max_position_embeddings=64)
     model = compose(anchor, str(trained))
-    tokenizer = AutoTokenizer.from_pretrained(anchor)
+    tokenizer = tokenizer_of(anchor)
     batch = tokenizer("Wodala: man\nEnglish:", return_tensors="pt")
     ids = batch["input_ids"]
     assert model(input_ids=ids).logits.shape == (1, ids.shape[1], len(tokenizer))
@@ -622,7 +625,7 @@ def test_it_composes_with_an_anchor_of_other_tokens(trained, tmp_path) -> None:
 
 def test_bits_per_byte_by_hand(trained) -> None:
     model = AutoModelForCausalLM.from_pretrained(trained).eval()
-    tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(trained)
+    tokenizer = tokenizer_of(trained)
     texts = ["Wodala ñe", "Blessed is the man who", "x"]
     bits = 0.0
     for text in texts:
@@ -646,6 +649,7 @@ def test_long_texts_are_cut_at_spaces() -> None:
 
 def test_both_models_of_the_experiment(shelf, tmp_path, monkeypatch) -> None:
     settings = replace(SETTINGS, num_texts=10)
+    monkeypatch.setattr(low_resource_data, "NUM_RETENTION", 3)
     monkeypatch.setattr(low_resource_models, "PRESETS", {"tiny": settings})
     arguments: dict[str, Any] = {"preset": "tiny", "folder": shelf, "output": tmp_path}
     parents = low_resource_models.train_parents(console=QUIET, **arguments)
