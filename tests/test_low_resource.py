@@ -511,7 +511,7 @@ def test_a_tokenizer_is_trained_once(tmp_path, monkeypatch) -> None:
 def test_texts_are_packed_whole() -> None:
     tokenizer = train_tokenizer(LINES, 300)
     rows = pack(["Wodala", "man"], tokenizer, 3)
-    assert tokenizer.decode(rows.flatten()[: rows.numel()]).startswith("<s>Wodala</s><s>")
+    assert str(tokenizer.decode(rows.flatten())).startswith("<s>Wodala</s><s>")
     with pytest.raises(ValueError, match="texts have 0 tokens, but a row has 16; give more text"):
         pack([], tokenizer, 16)
 
