@@ -283,6 +283,10 @@ def draw_tests(
     """The tests, without what training says again, and how many there were and were dropped."""
     rows = [*material.training, *material.extra, *material.development]
     known = [example(material.name, row.foreign, row.english) for row in rows]
+    # What several verses of one chapter say is known too.
+    foreign = documents((row.unit, row.foreign) for row in rows)
+    english = documents((row.unit, row.english) for row in rows)
+    known += [example(material.name, *sides) for sides in zip(foreign, english, strict=True)]
     tests, dropped = {}, {}
     for test, held_out in material.tests.items():
         pairs = pairs_of(material.name, held_out)
