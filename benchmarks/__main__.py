@@ -1,6 +1,6 @@
 """Measure what composing costs, as ratios within one run.
 
-    python -m benchmarks                       about 45 minutes on 2 cores
+    python -m benchmarks                       about 75 minutes on 2 cores
     python -m benchmarks --quick --only training,decoding
     python -m benchmarks --only peers --peer CHECKOUT --peer-python PYTHON
 

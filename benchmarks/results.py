@@ -1,8 +1,6 @@
 """results.json: what was measured, section by section, and on what."""
 
 import json
-import os
-import platform
 import shlex
 import sys
 from datetime import UTC, datetime
@@ -14,32 +12,18 @@ import torch
 import transformers
 
 import graftlm
+from graftlm.reproduce.hardware import hardware
 
 
-def hardware(device: str, threads: int) -> dict[str, Any]:
-    """What the numbers depend on."""
-    return {
-        "cpu": cpu_model(),
-        "cores": os.cpu_count(),
+def described(device: str, threads: int) -> dict[str, Any]:
+    """The machine, and the versions of what is measured."""
+    return hardware(device, jobs=1) | {
         "threads": threads,
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "device": device,
-        "gpu": torch.cuda.get_device_name() if device.startswith("cuda") else None,
-        "system": platform.platform(),
-        "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "peft": peft.__version__,
         "graftlm": graftlm.__version__,
     }
-
-
-def cpu_model() -> str:
-    """The processor's name, where the system tells."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 class Results:
@@ -59,7 +43,7 @@ class Results:
         self.run = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": f"python -m benchmarks {shlex.join(sys.argv[1:])}".rstrip(),
-            "hardware": hardware(device, threads),
+            "hardware": described(device, threads),
         }
 
     def begin(self, section: str) -> None:

@@ -107,8 +107,8 @@ def test_the_wrong_source_fills_the_place_of_the_right_one(place: int) -> None:
     found = encoding.wrong_feature(some[place], donors[place], tokenizer)
     own = encoding.feature(some[place], tokenizer)
     assert len(found["read_ids"]) == len(found["input_ids"])
-    assert found["input_ids"] == own["input_ids"] and found["labels"] == own["labels"]
-    text = tokenizer.decode(found["read_ids"])
+    assert (found["input_ids"], found["labels"]) == (own["input_ids"], own["labels"])
+    text = str(tokenizer.decode(found["read_ids"]))
     assert text.startswith(some[place].opening)
     assert text.endswith(f"{some[place].closing}{some[place].target}</s>")
     assert some[place].source not in text
@@ -358,7 +358,8 @@ def test_the_whole_experiment(tmp_path: Path, experiment: Experiment) -> None:
     )
     cells = results["table"]["near"]["Up"]["chrF"]
     assert set(cells) == {name for name, _ in asked}
-    assert len(cells["composed"]["seeds"]) == 2 and cells["composed"]["against"] is None
+    assert len(cells["composed"]["seeds"]) == 2
+    assert cells["composed"]["against"] is None
     assert cells["lora"]["against"]["seeds"] == 1
     assert results["table"]["before"]["text"]["perplexity"]["anchor"]["mean"] > 1
     assert {goal["says"] for goal in results["goals"]} == {"near is beaten", "English survives"}
@@ -367,11 +368,12 @@ def test_the_whole_experiment(tmp_path: Path, experiment: Experiment) -> None:
     assert results["costs"]["composed"]["flops"] > 0
     assert json.loads((tmp_path / "results.json").read_text())["command"] == "it"
     page = (tmp_path / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 2 and "<script" not in page
+    assert page.count("data:image/png;base64,") == 2
+    assert "<script" not in page
     assert "http" not in page.replace("http-equiv", "")
     text = (tmp_path / "report.md").read_text()
-    assert "| **composed (CALM)** |" in text and "What m_B could do before" in text
-    assert "near: ablations" in text and "None." in text
+    for words in ("| **composed (CALM)** |", "What m_B could do before", "near: ablations", "None."):
+        assert words in text
     assert ComposedForCausalLM.from_pretrained(tmp_path / "composed" / "1").num_parameters() > 0
 
 

@@ -1,12 +1,14 @@
 """The key-value experiment: exact data, no leaks, parents as good as they claim, and it learns."""
 
 import ast
-import json
 import operator
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,14 +16,19 @@ from rich.console import Console
 
 from graftlm import Connection, compose
 from graftlm.reproduce import (
+    answering,
+    encoding,
+    kv_arithmetic,
     kv_data,
-    kv_evaluation,
-    kv_experiment,
     kv_lessons,
     kv_parents,
     kv_training,
+    runner,
 )
+from graftlm.reproduce.example import Example
+from graftlm.reproduce.experiment import Test
 from graftlm.reproduce.kv_data import TASKS, Expression
+from graftlm.reproduce.metrics import EXACT_MATCH, Answer
 
 SMALL, PAPER = TASKS["small"], TASKS["paper"]
 QUIET = Console(quiet=True)
@@ -197,34 +204,31 @@ def test_impossible_tasks_are_refused(changes: dict, message: str) -> None:
         replace(SMALL, **changes)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"preset": "huge"}, "preset must be one of .*'huge'"),
-        ({"dc": "both"}, "dc must be one of math, subs, mix, direct, got 'both'"),
-        ({"seeds": 0}, "seeds must be at least 1, got 0"),
-        ({"steps": 0}, "steps must be at least 1, got 0"),
-    ],
-)
-def test_impossible_runs_are_refused(arguments: dict, message: str, tmp_path) -> None:
-    with pytest.raises(ValueError, match=message):
-        kv_experiment.run(**arguments, output=tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+def score(model: Any, tokenizer: Any, some: Sequence[Example]) -> float:
+    """Percent of exact matches, as the experiment scores them."""
+    asked = runner.Runner(
+        model=model,
+        tokenizer=tokenizer,
+        encode=lambda examples: [encoding.feature(e, tokenizer) for e in examples],
+        collate=encoding.pad,
+        bf16=False,
+    )
+    answers = answering.ask(
+        asked, some, Test(metrics=(EXACT_MATCH,)), batch_size=100, run_code=False
+    )
+    return EXACT_MATCH.of(some, answers)
 
 
 def test_shipped_parents_can_do_what_they_were_trained_for() -> None:
     augmenting, anchor, tokenizer = kv_parents.load_parents()
-    values = kv_data.draw_values(SMALL)
-    sets = kv_evaluation.evaluation_examples(SMALL, values, seed=0, size=100)
-
-    def score(model: object, name: str) -> float:
-        return kv_evaluation.percent(kv_evaluation.exact_matches(model, tokenizer, sets[name]))
-
-    assert score(augmenting, "KV-SUBS all-held-out") >= 97
-    assert score(augmenting, "KV-MATH all-held-out") <= 1
-    assert score(anchor, "NUM-MATH numbers") >= 95
-    assert score(anchor, "KV-MATH all-held-out") <= 10
-    assert score(anchor, "KV-SUBS all-held-out") <= 1
+    tests = kv_arithmetic.data(0, task=SMALL, dc="mix", size=10, number=100).tests
+    substitutions = tests["KV-SUBS"]["all-held-out"]
+    sums, worked_out = tests["NUM-MATH"]["numbers"], tests["KV-MATH"]["all-held-out"]
+    assert score(augmenting, tokenizer, substitutions) >= 97
+    assert score(augmenting, tokenizer, worked_out) <= 1
+    assert score(anchor, tokenizer, sums) >= 95
+    assert score(anchor, tokenizer, worked_out) <= 10
+    assert score(anchor, tokenizer, substitutions) <= 1
 
 
 def test_shipped_parents_fit_the_package() -> None:
@@ -246,13 +250,8 @@ def test_bridges_learn_in_seconds() -> None:
     composed = compose(
         anchor, augmenting, connections=[Connection(augmenting_layer=3, anchor_layer=3)]
     )
-    unseen = substitutions(held_out, 60)
-
-    def score() -> float:
-        composed.eval()
-        return kv_evaluation.percent(kv_evaluation.exact_matches(composed, tokenizer, unseen))
-
-    assert score() == 0
+    unseen = [kv_arithmetic.example_of(e) for e in substitutions(held_out, 60)]
+    assert score(composed.eval(), tokenizer, unseen) == 0
     settings = kv_training.FitSettings(
         steps=100, batch_size=32, learning_rate=3e-3, weight_decay=0.0, warmup_steps=10, bf16=False
     )
@@ -267,30 +266,38 @@ def test_bridges_learn_in_seconds() -> None:
         use_cpu=True,
     )
     assert losses[-1][1] < losses[0][1] / 3
-    assert score() >= 60
+    assert score(composed.eval(), tokenizer, unseen) >= 60
 
 
-def test_a_whole_run_leaves_its_report(tmp_path, monkeypatch) -> None:
-    """Few steps and expressions; every file is there, and the numbers agree with each other."""
-    monkeypatch.setattr(kv_experiment, "NUM_EXPRESSIONS", 12)
-    results = kv_experiment.run(steps=3, seeds=2, output=tmp_path / "out", console=QUIET)
-    names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"report.md", "results.json", "accuracy.png", "curves.png", "attention.png"}
-    saved = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert saved["accuracy"] == results["accuracy"]
-    assert saved["accuracy"]["m_B"]["NUM-MATH numbers"]["mean"] >= 90
-    assert saved["accuracy"]["m_A"]["KV-MATH all-held-out"]["mean"] == 0
-    assert saved["parameters"]["bridges"] == 164_352
-    report = (tmp_path / "out" / "report.md").read_text()
-    assert "| KV-MATH | all-held-out | 0.7 | 0.0 | 84.3 |" in report
+def test_the_pipeline_lets_the_anchor_add_what_the_other_wrote() -> None:
+    example = kv_arithmetic.example_of(kv_data.Example("(<ab>+<q>)->", "(17+3)->20"))
+    given, beginning = kv_arithmetic.pipeline(example, "(17+3)->99")
+    assert given.prompt == "(17+3)->"
+    answer = Answer(text=f"{beginning}20")
+    assert EXACT_MATCH.of([example], [answer]) == 100
 
 
-def test_attention_is_that_of_the_bridges() -> None:
-    """Worked out again from what the bridges were given: causal, and its rows add up to one."""
-    augmenting, anchor, tokenizer = kv_parents.load_parents()
-    composed = compose(anchor, augmenting)
-    ids = tokenizer("(<ab>+<q>)->", return_tensors="pt")["input_ids"]
-    (weights,) = kv_evaluation.bridge_attention(composed, ids)
-    assert weights.shape == (4, ids.shape[1], ids.shape[1])
-    torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:2]))
-    assert weights.triu(1).abs().max() == 0
+def test_missing_parents_are_trained_and_kept(tmp_path: Path) -> None:
+    kv_parents.ensure(tmp_path, ("vanilla", "first"), "quick")
+    made = sorted(path.name for path in tmp_path.iterdir())
+    assert made == ["first", "vanilla"]
+    before = (tmp_path / "first" / "model.safetensors").stat().st_mtime_ns
+    kv_parents.ensure(tmp_path, ("first",), "quick")
+    assert (tmp_path / "first" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_vanilla_keys_stand_for_something_else_each_time() -> None:
+    drawn = kv_lessons.lessons("vanilla", SMALL, 400, seed=0)
+    values: dict[str, set[str]] = {}
+    for lesson in (drawn[k] for k in range(400)):
+        for (key, _), (value, _) in pairwise(lesson):
+            if key.endswith(">") and value.isdigit():
+                values.setdefault(key[1:], set()).add(value)
+    assert any(len(found) > 1 for found in values.values())
+
+
+def test_each_half_learns_its_own_keys() -> None:
+    keys = list(kv_data.draw_values(SMALL))
+    first, second = (kv_lessons.keys_of(name, keys) for name in ("first", "second"))
+    assert not set(first) & set(second)
+    assert [*first, *second] == keys

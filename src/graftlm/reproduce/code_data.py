@@ -33,7 +33,7 @@ from graftlm.reproduce.code_sources import (
     news,
     write,
 )
-from graftlm.reproduce.example import Data, Example
+from graftlm.reproduce.example import Data, Example, plain
 from graftlm.reproduce.near_duplicates import unlike
 
 GROUPS = (DESCRIBE, WRITE, COMPLETE)
@@ -90,7 +90,7 @@ def load_data(
             one for group in GROUPS for one in draw(new["development"][group], NUM_DEVELOPMENT)
         ],
         shots={group: few_shots(pools["training"][group], num_shots) for group in GROUPS},
-        domain=kept,
+        domain=[plain(text) for text in kept],
         retention={"text": news(cache)[:NUM_RETENTION]},
     )
     dropped = {name: num_functions(splits[name]) - len(functions[name]) for name in splits}
@@ -224,7 +224,7 @@ def counts(data: Data) -> dict[str, Any]:
         "composition": dict(Counter(one.group for one in data.composition)),
         "tests": {n: {g: len(some) for g, some in t.items()} for n, t in data.tests.items()},
         "domain files": len(data.domain),
-        "domain characters": sum(map(len, data.domain)),
+        "domain characters": sum(len(text.target) for text in data.domain),
         "fingerprints": {"composition": mark(data.composition), "tests": mark(tests)},
     }
 

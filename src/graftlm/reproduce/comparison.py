@@ -67,13 +67,14 @@ def costs(outcomes: Mapping[str, Mapping[int, Outcome]]) -> dict[str, Any]:
     made = {}
     for name, seeds in outcomes.items():
         taken = [asdict(outcome.cost) for outcome in seeds.values()]
-        made[name] = {
-            key: fmean(values)
-            if (values := [t[key] for t in taken if t[key] is not None])
-            else None
-            for key in taken[0]
-        }
+        made[name] = {key: mean([one[key] for one in taken]) for key in taken[0]}
     return made
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """Of what is known."""
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
 
 
 def verdicts(experiment: Experiment, table: Table) -> list[dict[str, Any]]:

@@ -8,13 +8,9 @@ from graftlm.reproduce.example import Example, plain
 LENGTH = 600  # characters
 
 
-def shuffled_pieces(texts: Iterable[Example | str]) -> list[Example]:
+def shuffled_pieces(texts: Iterable[Example]) -> list[Example]:
     """Pieces of texts, cut at line ends where there are some, in an order drawn once."""
-    found = [
-        plain(piece)
-        for text in texts
-        for piece in pieces(text if isinstance(text, str) else text.target)
-    ]
+    found = [plain(piece) for text in texts for piece in pieces(text.target)]
     random.Random(0).shuffle(found)
     return found
 

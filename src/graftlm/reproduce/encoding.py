@@ -54,13 +54,15 @@ def wrong_feature(
     """
     found = feature(example, tokenizer)
     size = sum(label == IGNORED for label in found["labels"])
-    opening = start_ids(tokenizer) + plain_ids(tokenizer, example.opening)
+    # "Opening: source" may go on with " source"; signs that stand close together stay close.
+    space = " " if example.opening.endswith(" ") else ""
+    opening = start_ids(tokenizer) + plain_ids(tokenizer, example.opening.removesuffix(space))
     closing = plain_ids(tokenizer, example.closing)
     room = max(size - len(opening) - len(closing), 0)
     filling: list[int] = []
     while len(filling) < room:
         for donor in donors:
-            filling += plain_ids(tokenizer, donor.source) or closing or opening
+            filling += plain_ids(tokenizer, space + donor.source)
     read = (opening + filling[:room] + closing)[-size:]
     return found | {"read_ids": read + found["input_ids"][size:]}
 

@@ -56,6 +56,6 @@ class Data:
     tests: Mapping[str, Mapping[str, Sequence[Example]]]
     development: Sequence[Example] = ()
     shots: Mapping[str, Sequence[Example]] = field(default_factory=dict)
-    domain: Sequence[Example | str] = ()
+    domain: Sequence[Example] = ()
     retention: Mapping[str, Sequence[Example]] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)

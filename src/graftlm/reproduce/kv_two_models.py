@@ -110,8 +110,8 @@ def scored_expressions(
     task: kv_data.KVTask, held_out: Sequence[str], owner: dict[str, str], seed: int, number: int
 ) -> dict[str, list[kv_data.Expression]]:
     """Expressions over held-out keys of the first half, of the second, and of both."""
-    halves = [[key for key in held_out if owner[key] == name] for name in HALVES]
-    both = kv_data.key_evaluation(task, *halves, seed, number)
+    first, second = ([key for key in held_out if owner[key] == name] for name in HALVES)
+    both = kv_data.key_evaluation(task, first, second, seed, number)
     return {
         "first half": both["held-in"],
         "second half": both["all-held-out"],

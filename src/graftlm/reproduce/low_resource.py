@@ -10,12 +10,11 @@ from pathlib import Path
 
 import torch
 
-from graftlm.gguf import default_cache
 from graftlm.reproduce.domain import shuffled_pieces
 from graftlm.reproduce.example import Data, Example
 from graftlm.reproduce.experiment import Composition, Experiment, Goal, Models, Test, Training
-from graftlm.reproduce.language_model import PRESETS, find_tokenizer, train_language_model
-from graftlm.reproduce.low_resource_data import load_data, load_texts
+from graftlm.reproduce.low_resource_data import load_data
+from graftlm.reproduce.low_resource_models import train_parents
 from graftlm.reproduce.metrics import BITS_PER_BYTE, CHRF, PERPLEXITY
 from graftlm.reproduce.real_models import require_model
 from graftlm.reproduce.systems import SYSTEMS, System
@@ -129,28 +128,12 @@ def models(folder: Path, *, language: str, preset: str) -> Models:
     Trained models are kept in the cache; a later run finds them.
     """
     del folder
-    texts = load_texts(language)
-    settings = PRESETS[preset]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    place = default_cache() / "language-models"
-    english = texts.english[: settings.num_texts]
-    foreign = texts.foreign[: settings.num_texts]
-    tokenizer = find_tokenizer([*english, *foreign], settings.vocabulary, place)
-    options = {"settings": settings, "output": place, "device": device}
-    vanilla = train_language_model(
-        english, tokenizer=tokenizer, title="English", held_out=texts.held_out, **options
-    )
-    specialist = train_language_model(
-        foreign,
-        start_from=vanilla,
-        title=language.capitalize(),
-        held_out=texts.held_out,
-        **options,
-    )
+    parents = train_parents(language, preset=preset, device=device)
     return Models(
         anchor=require_model(ANCHOR),
-        augmenting={language: specialist},
-        vanilla={language: vanilla},
+        augmenting={language: parents.specialised},
+        vanilla={language: parents.vanilla},
     )
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from graftlm.reproduce.example import Data, Example
+from graftlm.reproduce.example import Data, Example, plain
 from graftlm.reproduce.low_resource_sources import (
     CHICHEWA_BIBLE,
     ENGLISH_BIBLE,
@@ -125,8 +125,8 @@ def load_data(
         tests={test: {material.name: examples} for test, examples in tests.items()},
         development=draw(pairs_of(material.name, material.development), NUM_DEVELOPMENT),
         shots={material.name: few_shots(composition)},
-        domain=foreign_documents(material),
-        retention={"text": [plain(text) for text in news(folder)[:NUM_RETENTION]]},
+        domain=[plain(text) for text in foreign_documents(material)],
+        retention={"text": [plain(short(text)) for text in news(folder)[:NUM_RETENTION]]},
         notes=notes(material, composition, len(usable), tests, dropped),
     )
 
@@ -152,7 +152,7 @@ def load_texts(language: str = "chichewa", *, folder: Path | None = None) -> Tex
         book = [row for row in tested if row.unit.startswith("mark ")] or tested
         held_out[f"{material.name}, {test}"] = documents((r.unit, r.foreign) for r in book)
         held_out[f"English, {test}"] = documents((r.unit, r.english) for r in book)
-    held_out["English, news"] = [plain(text).source for text in news(folder)[:NUM_RETENTION]]
+    held_out["English, news"] = [short(text) for text in news(folder)[:NUM_RETENTION]]
     return Texts(foreign=foreign_documents(material), english=english, held_out=held_out)
 
 
@@ -235,10 +235,9 @@ def example(name: str, foreign: str, english: str) -> Example:
     )
 
 
-def plain(text: str) -> Example:
+def short(text: str) -> str:
     """A text whose perplexity counts, cut at a word."""
-    cut = text if len(text) <= LONGEST_NEWS else text[:LONGEST_NEWS].rsplit(" ", 1)[0]
-    return Example(group="text", source=cut, target="")
+    return text if len(text) <= LONGEST_NEWS else text[:LONGEST_NEWS].rsplit(" ", 1)[0]
 
 
 def pairs_of(name: str, rows: Iterable[Row]) -> list[Example]:
