@@ -36,16 +36,16 @@ SETTINGS = {
         50,
     ),
     "small": (
-        Composition(connections=((3, 2), (3, 3)), num_heads=8, position="distance"),
+        Composition(connections=((3, 2), (3, 3)), width=256, num_heads=16, position="distance"),
         Training(
-            examples=96 * 1200,
+            examples=96 * 700,
             batch_size=96,
-            learning_rate=1e-3,
+            learning_rate=4e-3,
             lora_learning_rate=2e-3,
             full_learning_rate=1e-3,
             domain_examples=96 * 1730,  # as many as m_A learned from
             weight_decay=0.5,
-            by_length=False,
+            bf16=False,  # no faster at this size
         ),
         1000,
     ),
@@ -76,8 +76,8 @@ ABLATIONS = {
     "low": System(
         title="into m_B's two lowest layers", composition={"connections": ((3, 0), (3, 1))}
     ),
-    "2-heads": System(title="2 heads instead of 8", composition={"num_heads": 2}),
-    "width-32": System(title="a quarter of the width", composition={"width": 32}),
+    "4-heads": System(title="4 heads instead of 16", composition={"num_heads": 4}),
+    "width-64": System(title="a quarter of the width", composition={"width": 64}),
     "no-position": System(title="no position (the paper)", composition={"position": "none"}),
     "rotary": System(title="rotary position", composition={"position": "rotary"}),
     "no-norm": System(title="no normalisation", composition={"variant": "paper"}),
@@ -86,8 +86,8 @@ ABLATIONS = {
         title="the paper's bare equations",
         composition={"variant": "paper", "position": "none"},
     ),
-    "dc-10%": System(title="a tenth of D_C, ten times", training={"distinct": 5760}),
-    "dc-1%": System(title="a hundredth of D_C, a hundred times", training={"distinct": 576}),
+    "dc-10%": System(title="a tenth of D_C, ten times", training={"distinct": 6720}),
+    "dc-1%": System(title="a hundredth of D_C, a hundred times", training={"distinct": 672}),
     "dc-subs": System(title="D_C of substitutions (section 4.1)", data={"dc": "subs"}),
     "dc-math": System(title="D_C of arithmetic (section 3.2)", data={"dc": "math"}),
 }
