@@ -38,12 +38,12 @@ SETTINGS = {
     "small": (
         Composition(connections=((3, 2), (3, 3)), width=256, num_heads=16, position="distance"),
         Training(
-            examples=96 * 700,
-            batch_size=96,
-            learning_rate=4e-3,
+            examples=48 * 1200,
+            batch_size=48,
+            learning_rate=3e-3,
             lora_learning_rate=2e-3,
             full_learning_rate=1e-3,
-            domain_examples=96 * 1730,  # as many as m_A learned from
+            domain_examples=48 * 3460,  # as many as m_A learned from
             weight_decay=0.5,
             bf16=False,  # no faster at this size
         ),
@@ -86,8 +86,8 @@ ABLATIONS = {
         title="the paper's bare equations",
         composition={"variant": "paper", "position": "none"},
     ),
-    "dc-10%": System(title="a tenth of D_C, ten times", training={"distinct": 6720}),
-    "dc-1%": System(title="a hundredth of D_C, a hundred times", training={"distinct": 672}),
+    "dc-10%": System(title="a tenth of D_C, ten times", training={"distinct": 5760}),
+    "dc-1%": System(title="a hundredth of D_C, a hundred times", training={"distinct": 576}),
     "dc-subs": System(title="D_C of substitutions (section 4.1)", data={"dc": "subs"}),
     "dc-math": System(title="D_C of arithmetic (section 3.2)", data={"dc": "math"}),
 }
