@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: demo bench models test test-slow test-oldest check fix lock clean
 
 demo: $(BIN)/.installed
-	$(BIN)/graftlm reproduce kv-arithmetic
+	$(BIN)/graftlm reproduce kv-arithmetic --systems augmenting anchor composed wrong-test
 
 bench: $(BIN)/.installed
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m benchmarks $(if $(QUICK),--quick)

@@ -1,5 +1,6 @@
 """A tiny experiment for the tests of the harness; of a module, so that processes can share it."""
 
+from collections.abc import Set
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def data(seed: int, *, size: int = 16) -> Data:
     )
 
 
-def found(folder: Path, *, models: Models) -> Models:
+def found(folder: Path, read: Set[str], *, models: Models) -> Models:
     """They are there already."""
     return models
 

@@ -4,6 +4,7 @@ Completion (HumanEval, which runs the programs), text to code, and code to text,
 functions of packages that training never showed.
 """
 
+from collections.abc import Set
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -123,9 +124,9 @@ def data(seed: int, *, num_tests: int, no_programs: bool) -> Data:
     return replace(found, tests={k: v for k, v in found.tests.items() if k != "HumanEval"})
 
 
-def models(folder: Path) -> Models:
+def models(folder: Path, read: Set[str]) -> Models:
     """A general model and a model of code, as `make models CODER=1` fetches them."""
-    del folder
+    del folder, read
     return Models(anchor=require_model(ANCHOR), augmenting={"coder": require_model(CODER)})
 
 

@@ -1,6 +1,6 @@
 """What an experiment is: models, data, systems and metrics, declared in one file each."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -123,7 +123,8 @@ class Experiment:
     Args:
         name: Of the command.
         title, about: For the report: what it is, where the data is from, how it was split.
-        models: Finds or makes the models in a folder; called once before everything.
+        models: Finds or makes the models in a folder, of the augmenting models those that are to
+            be read (see `System.reads_model`); called once before everything.
         data: The examples of a seed; ablations may change its other arguments.
         tests: By name, as in the data.
         systems: The controls that apply, and ablations; keys as on the command line.
@@ -138,7 +139,7 @@ class Experiment:
     name: str
     title: str
     about: str
-    models: Callable[[Path], Models]
+    models: Callable[[Path, Set[str]], Models]
     data: Callable[..., Data]
     tests: Mapping[str, Test]
     composition: Composition

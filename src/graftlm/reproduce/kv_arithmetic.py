@@ -5,7 +5,7 @@ learn on a fifth of the keys to bring the two together, and are scored on all of
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -165,12 +165,13 @@ def experiment(
     )
 
 
-def models(folder: Path, *, preset: str) -> Models:
-    """The shipped parents, and m_A's twin that never learned a key; trained where they lack."""
+def models(folder: Path, read: Set[str], *, preset: str) -> Models:
+    """The shipped parents and, where it is read, m_A's twin that never learned a key."""
     shipped = kv_parents.SHIPPED if preset != "paper" else folder / "parents"
     kv_parents.ensure(shipped, ("augmenting", "anchor"), preset)
     made = folder / "models"
-    kv_parents.ensure(made, ("vanilla",), preset)
+    if "vanilla" in read:
+        kv_parents.ensure(made, ("vanilla",), preset)
     return Models(
         anchor=shipped / "anchor",
         augmenting={"augmenting": shipped / "augmenting"},

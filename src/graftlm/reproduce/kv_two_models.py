@@ -4,7 +4,7 @@ One anchor reads both; expressions mix both halves. `one-by-one` trains the firs
 then adds the second without training the first one's again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -72,8 +72,9 @@ def experiment(preset: str = "small", *, examples: int | None = None) -> Experim
     )
 
 
-def models(folder: Path, *, preset: str) -> Models:
+def models(folder: Path, read: Set[str], *, preset: str) -> Models:
     """The shipped anchor, and two models that are trained here."""
+    del read
     shipped = kv_parents.SHIPPED if preset != "paper" else folder / "parents"
     kv_parents.ensure(shipped, ("anchor",), preset)
     kv_parents.ensure(folder / "models", HALVES, preset)

@@ -4,6 +4,7 @@ The augmenting model is a small Llama that the command trains itself, first on E
 the language's text alone; the anchor is SmolLM2-135M-Instruct. D_C is a small aligned part.
 """
 
+from collections.abc import Set
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -122,12 +123,12 @@ def data(seed: int, *, language: str, num_tests: int) -> Data:
     return replace(found, domain=shuffled_pieces(found.domain))
 
 
-def models(folder: Path, *, language: str, preset: str) -> Models:
+def models(folder: Path, read: Set[str], *, language: str, preset: str) -> Models:
     """The anchor, and the augmenting model before and after it learned the language.
 
     Trained models are kept in the cache; a later run finds them.
     """
-    del folder
+    del folder, read
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parents = train_parents(language, preset=preset, device=device)
     return Models(

@@ -56,7 +56,7 @@ def run(
     start = time.perf_counter()
     study = Study(
         experiment=experiment,
-        models=experiment.models(folder),
+        models=experiment.models(folder, {experiment.system(n).reads_model for n, _ in systems}),
         folder=folder,
         device=device,
         run_code=run_code,

@@ -3,6 +3,7 @@
 Indonesian, Turkish and Swedish into English; SmolLM2-135M-Instruct reads Gemma-3-270M.
 """
 
+from collections.abc import Set
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -82,7 +83,7 @@ def data(seed: int, *, num_tests: int) -> Data:
     return load_data(num_tests=num_tests)
 
 
-def models(folder: Path) -> Models:
+def models(folder: Path, read: Set[str]) -> Models:
     """Both as `make models` fetches them."""
-    del folder
+    del folder, read
     return Models(anchor=require_model(ANCHOR), augmenting={"gemma": require_model(AUGMENTING)})
