@@ -25,7 +25,7 @@ from graftlm.config import ComposedConfig
 from graftlm.frozen_states import entering_view, take_states
 from graftlm.growing_cache import let_grow
 from graftlm.own_tokens import has_reader, run_reader
-from graftlm.passes import ForwardPass, Hooks, PassInputs, part_of
+from graftlm.passes import ForwardPass, Hooks, PassInputs, connections_off, part_of
 from graftlm.reading import Reader
 
 
@@ -134,6 +134,16 @@ class ComposedModel(ComposedPreTrainedModel):
             view = decoder.shorten(model, highest + 1)
             self._views[name] = layers, view
         return view
+
+    def is_off(self, index: int) -> bool:
+        """Whether a connection is switched off by `ComposedForCausalLM.without`."""
+        return (self.hooks.key, index) in connections_off.get()
+
+    def is_read(self, name: str) -> bool:
+        """Whether anything is read of an augmenting model; else it is not run."""
+        return self.config.scales[name] != 0 and not all(
+            [self.is_off(i) for i, c in enumerate(self.config.connections) if c.augmenting == name]
+        )
 
     def attach_hooks(self) -> None:
         """Put our hooks on the layers that are connected, unless they are there."""
@@ -254,7 +264,7 @@ class ComposedModel(ComposedPreTrainedModel):
             shape = inputs.input_ids.shape
             take_states(self, forward_pass, "anchor", inputs.frozen_states, shape)
         for name in self.augmenting:
-            if self.config.scales[name] == 0:
+            if not self.is_read(name):
                 continue
             if has_reader(self, name):
                 run_reader(self, forward_pass, name, inputs)
@@ -396,6 +406,9 @@ class ComposedModel(ComposedPreTrainedModel):
             name = connection.augmenting
             if connection.anchor_layer != layer or name not in forward_pass.plan:
                 continue
+            is_off = self.is_off(index)
+            if is_off and cache is None:
+                continue
             states = forward_pass.states.get((name, connection.augmenting_layer))
             updates = []
             for rows, alignment in forward_pass.plan[name]:
@@ -411,6 +424,8 @@ class ComposedModel(ComposedPreTrainedModel):
                     update = torch.where(alignment.any_visible.to(update.device), update, 0.0)
                 updates.append(update)
                 states = None  # the first block has put them into the cache
+            if is_off:  # it ran for its keys and values, so that all caches have read as much
+                continue
             update = updates[0] if len(updates) == 1 else torch.cat(updates, dim=1)
             scale = self.config.scales[name]
             result = result + (update if scale == 1 else update * scale)
