@@ -3,7 +3,7 @@
 import uuid
 import weakref
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -21,7 +21,7 @@ from graftlm.augmenting_tokens import AugmentingTokens, ReadingCache
 from graftlm.bases import role_of
 from graftlm.bridge import Bridge
 from graftlm.cache import ComposedCache, is_empty
-from graftlm.config import ComposedConfig
+from graftlm.config import ComposedConfig, Connection
 from graftlm.frozen_states import entering_view, take_states
 from graftlm.growing_cache import let_grow
 from graftlm.own_tokens import has_reader, run_reader
@@ -135,6 +135,21 @@ class ComposedModel(ComposedPreTrainedModel):
             self._views[name] = layers, view
         return view
 
+    def indices_of(self, connections: Iterable[Connection]) -> set[int]:
+        """Where these connections, and their bridges, are among all.
+
+        Raises:
+            ValueError: If there is no such connection.
+        """
+        known, indices = self.config.connections, set()
+        for connection in connections:
+            if connection not in known:
+                raise ValueError(
+                    f"there is no {connection}; config.connections lists the {len(known)} there are"
+                )
+            indices.add(known.index(connection))
+        return indices
+
     def is_off(self, index: int) -> bool:
         """Whether a connection is switched off by `ComposedForCausalLM.without`."""
         return (self.hooks.key, index) in connections_off.get()
@@ -142,7 +157,7 @@ class ComposedModel(ComposedPreTrainedModel):
     def is_read(self, name: str) -> bool:
         """Whether anything is read of an augmenting model; else it is not run."""
         return self.config.scales[name] != 0 and not all(
-            [self.is_off(i) for i, c in enumerate(self.config.connections) if c.augmenting == name]
+            self.is_off(i) for i, c in enumerate(self.config.connections) if c.augmenting == name
         )
 
     def attach_hooks(self) -> None:
