@@ -78,7 +78,7 @@ def prune(
     """Leave out connections, one at a time: always the one without which the loss is least.
 
     After each step the loss without each of those that are left is measured anew, because it
-    changes when others go. From n connections to k that is about (n - k)(n + k) / 2 passes over the
+    changes when others go. From n connections to k that is (n - k)(n + k + 1) / 2 passes over the
     examples.
 
     Args:

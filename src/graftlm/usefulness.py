@@ -242,6 +242,11 @@ class Probe:
         )
 
 
+def label(connection: Connection) -> str:
+    """A connection in few characters, as `--connect` takes it."""
+    return f"{connection.augmenting}:{connection.augmenting_layer}-{connection.anchor_layer}"
+
+
 def count_labels(labels: Any) -> int:
     """Tokens of an example that have a loss; the first is never predicted."""
     return sum(int(label) != IGNORED for label in labels[1:])

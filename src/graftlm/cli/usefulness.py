@@ -152,6 +152,7 @@ def show_usefulness(console: Any, usefulness: Any) -> None:
 def show_pruning(console: Any, pruning: Any) -> None:
     """What went, step by step, and what is left."""
     from graftlm.cli.show import show, table
+    from graftlm.usefulness import label
 
     total, before = len(pruning.usefulness.connections), ()
     columns = ("connections left", "loss", "change", "error")
@@ -162,10 +163,7 @@ def show_pruning(console: Any, pruning: Any) -> None:
         shown.add_row(c.augmenting, *layers, str(total - len(step.connections)), *cells(step))
         before = step.connections
     show(console, "Pruning", shown)
-    kept = ", ".join(
-        f"{c.augmenting}:{c.augmenting_layer}-{c.anchor_layer}"
-        for c in pruning.model.config.connections
-    )
+    kept = ", ".join(map(label, pruning.model.config.connections))
     console.print(
         f"Kept: {kept}. Loss {pruning.loss:.4f}; {pruning.usefulness.loss:.4f} before, "
         f"{pruning.usefulness.anchor.loss:.4f} of the anchor.\n",
