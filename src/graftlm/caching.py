@@ -150,10 +150,11 @@ def check_frozen_parts(model: "ComposedForCausalLM") -> None:
         ValueError: Naming a parameter, or what else stands in the way.
     """
     for name, scale in model.config.scales.items():
-        if scale == 0:
+        if not model.model.is_read(name):
+            reason = "its scale is 0" if scale == 0 else "within without"
             raise ValueError(
-                f"augmenting model {name!r} is switched off (its scale is 0), so that it gives no "
-                "hidden states; use set_scale first"
+                f"augmenting model {name!r} is switched off ({reason}), so that it gives no "
+                "hidden states; switch it on first"
             )
     if getattr(model.config.get_text_config(), "num_kv_shared_layers", 0):
         raise ValueError(

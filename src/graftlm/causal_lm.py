@@ -1,7 +1,7 @@
 """The composed model with the anchor's head: what users train, generate with and save."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,10 +20,10 @@ from graftlm import decoder
 from graftlm.augmenting_tokens import AugmentingTokens
 from graftlm.cache import ComposedCache
 from graftlm.composed import ComposedModel
-from graftlm.config import ComposedConfig
+from graftlm.config import ComposedConfig, Connection
 from graftlm.explain import Explanation, explain
 from graftlm.growing_cache import let_grow
-from graftlm.passes import PassInputs, Scoped, prompt_of
+from graftlm.passes import PassInputs, Scoped, connections_off, prompt_of
 from graftlm.saving import SavesBridges
 
 anchor_only_keys: Scoped[frozenset[str]] = Scoped(frozenset())
@@ -129,6 +129,26 @@ class ComposedForCausalLM(SavesBridges, GenerationMixin):
     def is_anchor_only(self) -> bool:
         """Whether we are within `anchor_only`."""
         return self.model.hooks.key in anchor_only_keys.get()
+
+    @contextmanager
+    def without(self, connections: Iterable[Connection]) -> Iterator[None]:
+        """Within this context these connections add nothing, in this thread.
+
+        An augmenting model whose connections are all off is not run, as with `set_scale(name, 0)`;
+        without any connection the logits are the anchor's, bit for bit. Contexts add up.
+
+        Args:
+            connections: Some of `config.connections`.
+
+        Raises:
+            ValueError: If there is no such connection.
+        """
+        key, before = self.model.hooks.key, connections_off.get()
+        connections_off.set(before | {(key, index) for index in self.model.indices_of(connections)})
+        try:
+            yield
+        finally:
+            connections_off.set(before)
 
     # ---- training ------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 import uuid
 import weakref
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -21,11 +21,11 @@ from graftlm.augmenting_tokens import AugmentingTokens, ReadingCache
 from graftlm.bases import role_of
 from graftlm.bridge import Bridge
 from graftlm.cache import ComposedCache, is_empty
-from graftlm.config import ComposedConfig
+from graftlm.config import ComposedConfig, Connection
 from graftlm.frozen_states import entering_view, take_states
 from graftlm.growing_cache import let_grow
 from graftlm.own_tokens import has_reader, run_reader
-from graftlm.passes import ForwardPass, Hooks, PassInputs, part_of
+from graftlm.passes import ForwardPass, Hooks, PassInputs, connections_off, part_of
 from graftlm.reading import Reader
 
 
@@ -134,6 +134,31 @@ class ComposedModel(ComposedPreTrainedModel):
             view = decoder.shorten(model, highest + 1)
             self._views[name] = layers, view
         return view
+
+    def indices_of(self, connections: Iterable[Connection]) -> set[int]:
+        """Where these connections, and their bridges, are among all.
+
+        Raises:
+            ValueError: If there is no such connection.
+        """
+        known, indices = self.config.connections, set()
+        for connection in connections:
+            if connection not in known:
+                raise ValueError(
+                    f"there is no {connection}; config.connections lists the {len(known)} there are"
+                )
+            indices.add(known.index(connection))
+        return indices
+
+    def is_off(self, index: int) -> bool:
+        """Whether a connection is switched off by `ComposedForCausalLM.without`."""
+        return (self.hooks.key, index) in connections_off.get()
+
+    def is_read(self, name: str) -> bool:
+        """Whether anything is read of an augmenting model; else it is not run."""
+        return self.config.scales[name] != 0 and not all(
+            self.is_off(i) for i, c in enumerate(self.config.connections) if c.augmenting == name
+        )
 
     def attach_hooks(self) -> None:
         """Put our hooks on the layers that are connected, unless they are there."""
@@ -254,7 +279,7 @@ class ComposedModel(ComposedPreTrainedModel):
             shape = inputs.input_ids.shape
             take_states(self, forward_pass, "anchor", inputs.frozen_states, shape)
         for name in self.augmenting:
-            if self.config.scales[name] == 0:
+            if not self.is_read(name):
                 continue
             if has_reader(self, name):
                 run_reader(self, forward_pass, name, inputs)
@@ -397,6 +422,9 @@ class ComposedModel(ComposedPreTrainedModel):
             name = connection.augmenting
             if connection.anchor_layer != layer or name not in forward_pass.plan:
                 continue
+            is_off = self.is_off(index)
+            if is_off and cache is None:
+                continue
             states = forward_pass.states.get((name, connection.augmenting_layer))
             updates = []
             for rows, alignment in forward_pass.plan[name]:
@@ -413,6 +441,8 @@ class ComposedModel(ComposedPreTrainedModel):
                     update = torch.where(alignment.any_visible.to(update.device), update, 0.0)
                 updates.append(update)
                 states = None  # the first block has put them into the cache
+            if is_off:  # it ran for its keys and values, so that all caches have read as much
+                continue
             update = updates[0] if len(updates) == 1 else torch.cat(updates, dim=1)
             scale = self.config.scales[name]
             update = update if scale == 1 else update * scale

@@ -196,6 +196,8 @@ class Scoped(Generic[T]):
 
 
 passes: Scoped[tuple[ForwardPass, ...]] = Scoped(())  # in flight, innermost last
+# Connections that add nothing: the key of their composed model, and their index.
+connections_off: Scoped[frozenset[tuple[str, int]]] = Scoped(frozenset())
 
 
 def find_pass(key: str, running: str) -> ForwardPass | None:

@@ -1,8 +1,10 @@
-"""`graftlm inspect`: what a folder holds, without loading a weight."""
+"""`graftlm inspect`: what a folder holds, without loading a weight unless something is measured."""
 
 import argparse
 import os
 from typing import Any
+
+from graftlm.cli import usefulness
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -10,15 +12,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "graftlm inspect FOLDER [options]"
     parser.add_argument("folder", metavar="FOLDER", help="a composed model")
     parser.add_argument(
-        "--batch-size", type=int, default=8, metavar="N", help="to estimate memory for (default: 8)"
+        "--batch-size",
+        type=int,
+        default=8,
+        metavar="N",
+        help="examples to estimate memory for, or to run at once (default: 8)",
     )
     parser.add_argument(
-        "--length", type=int, default=512, metavar="N", help="tokens an example (default: 512)"
+        "--length",
+        type=int,
+        metavar="N",
+        help="tokens an example (default: 512; with --usefulness as in training)",
     )
+    usefulness.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Read the configuration, and show the model it describes."""
+    """Show the model that the configuration describes, or measure."""
+    if args.usefulness is not None:
+        return usefulness.run(args)
+    usefulness.check_unused(args)
     from graftlm.checkpoint import read_config
     from graftlm.cli.show import output, show_composition, show_memory
     from graftlm.sizes import training_memory, unloaded
@@ -29,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     model = unloaded(config, bridge_dtype(args.folder))
     show_composition(console, model)
     memory = training_memory(
-        model, batch_size=args.batch_size, length=args.length, checkpointing=False
+        model, batch_size=args.batch_size, length=args.length or 512, checkpointing=False
     )
     show_memory(console, memory)
     console.print("All of this is from config.json: no weight was read.", markup=False)
