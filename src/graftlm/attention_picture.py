@@ -1,5 +1,6 @@
 """An explanation as pictures for documents: PNG, drawn by matplotlib."""
 
+import math
 import os
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -47,7 +48,7 @@ def draw_attention(
         for weights in (explanation.attention[k] for k in chosen)
     ]
     columns = 1 if len(maps) == 1 else 2
-    lines = -(-len(maps) // columns)
+    lines = math.ceil(len(maps) / columns)
     sides = [max(side(n) for n in sizes) for sizes in zip(*(x.shape for x in maps), strict=True)]
     figure = Figure(
         figsize=((sides[1] + 2.2) * columns, (sides[0] + 2.0) * lines), layout="constrained"
@@ -116,10 +117,8 @@ def draw_update_share(explanation: Explanation, path: str | os.PathLike[str]) ->
     """
     rows = [(explanation.divergence, CHANGE, "KL(composed ‖ anchor), nats")]
     rows += [
-        (share, READ, name_of(connection))
-        for share, connection in zip(
-            explanation.update_share, explanation.connections, strict=True
-        )
+        (share, READ, f"{name_of(connection)}, norm of update / norm of hidden state")
+        for share, connection in zip(explanation.update_share, explanation.connections, strict=True)
     ]
     length = len(explanation.tokens)
     width = max(4.0, side(length)) + 1.5
@@ -134,7 +133,6 @@ def draw_update_share(explanation: Explanation, path: str | os.PathLike[str]) ->
     axes = grid.flat[-1]
     label_tokens(axes.xaxis, explanation.tokens, explanation.num_prompt)
     axes.tick_params(axis="x", rotation=90, length=0)
-    figure.supylabel("update / hidden state, by norm", fontsize=8)
     save(figure, path)
 
 
@@ -170,7 +168,7 @@ def label_tokens(axis: Any, texts: Sequence[str], num_prompt: int | None) -> Non
         texts: The tokens.
         num_prompt: Those from this one on are marked as written by the model; None marks none.
     """
-    step = max(1, -(-int(len(texts) * LABEL) // max(1, int(LONGEST))))
+    step = max(1, math.ceil(len(texts) * LABEL / LONGEST))
     places = list(range(0, len(texts), step))
     labels = labels_of(texts)
     shown = [shortened(labels[k]) for k in places]
