@@ -264,7 +264,7 @@ def test_a_model_without_a_head_predicts_nothing():
         ({}, "explain got neither of text and input_ids"),
         ({"text": "a", "input_ids": [1]}, "explain got both of text and input_ids"),
         ({"text": "a b"}, "text is 'a b', but the model has no tokenizer"),
-        ({"input_ids": [[1, 2], [3, 4]]}, r"has shape \(2, 2\) in tokens"),
+        ({"input_ids": torch.tensor([[1, 2], [3, 4]])}, r"has shape \(2, 2\) in tokens"),
         ({"input_ids": []}, r"has shape \(0,\) in tokens"),
         ({"input_ids": [1], "max_new_tokens": -2}, "max_new_tokens is -2, but must be 0 or more"),
         ({"input_ids": [1], "top": 0}, "top is 0, but must be a positive whole number"),
