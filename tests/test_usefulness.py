@@ -593,10 +593,10 @@ def anchor_of(folder: str) -> str:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--prune", "2"], "--prune needs --usefulness DATA"),
-        (["--limit", "2"], "--limit needs --usefulness DATA"),
-        (["--output", "x"], "--output needs --usefulness DATA"),
-        (["--device-map", "auto"], "--device-map needs --usefulness DATA"),
+        (["--prune", "2"], "--prune needs --usefulness"),
+        (["--limit", "2"], "--limit needs --usefulness"),
+        (["--output", "x"], "--output needs --attention TEXT or --usefulness DATA"),
+        (["--device-map", "auto"], "--device-map needs --attention TEXT or --usefulness DATA"),
         (["--usefulness", "d", "--prune", "2"], "--prune needs --output FOLDER, for the pruned"),
         (["--usefulness", "d", "--output", "FILE"], "file', which is a file; name a folder"),
         (["--usefulness", "/no/data"], "data '/no/data' does not exist"),

@@ -4,11 +4,20 @@ import argparse
 import os
 from typing import Any
 
-from graftlm.cli import usefulness
+from graftlm.cli import attention, options, usefulness
+
+MEASURING = {  # what loads the models, and the options that belong to it alone
+    "attention": (attention, ("generate",)),
+    "usefulness": (usefulness, ("limit", "prune")),
+}
+SHARED = (
+    *("output", "device", "anchor", "augmenting"),
+    *("dtype", "device_map", "quantize", "trust_remote_code"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The folder, and the batch to estimate memory for."""
+    """The folder, the batch to estimate memory for, and what to measure."""
     parser.usage = "graftlm inspect FOLDER [options]"
     parser.add_argument("folder", metavar="FOLDER", help="a composed model")
     parser.add_argument(
@@ -24,14 +33,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens an example (default: 512; with --usefulness as in training)",
     )
-    usefulness.add_arguments(parser)
+    parser.add_argument("--output", metavar="FOLDER", help="for numbers and pictures")
+    parser.add_argument("--device", metavar="NAME", help="such as cpu or cuda:1")
+    for module, _ in MEASURING.values():
+        module.add_arguments(parser)
+    options.add_models(parser, required=False)
+    options.add_loading(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Show the model that the configuration describes, or measure."""
-    if args.usefulness is not None:
-        return usefulness.run(args)
-    usefulness.check_unused(args)
+    wanted = [verb for verb in MEASURING if getattr(args, verb) is not None]
+    check_options(args, wanted)
+    if wanted:
+        return MEASURING[wanted[0]][0].run(args)
     from graftlm.checkpoint import read_config
     from graftlm.cli.show import output, show_composition, show_memory
     from graftlm.sizes import training_memory, unloaded
@@ -47,6 +62,24 @@ def run(args: argparse.Namespace) -> int:
     show_memory(console, memory)
     console.print("All of this is from config.json: no weight was read.", markup=False)
     return 0
+
+
+def check_options(args: argparse.Namespace, wanted: list[str]) -> None:
+    """Refuse options that would have no effect.
+
+    Raises:
+        ValueError: Naming the first.
+    """
+    if len(wanted) > 1:
+        raise ValueError("--attention and --usefulness are two commands; give one of them")
+    for verb, (_, names) in MEASURING.items():
+        for name in names:
+            if verb not in wanted and getattr(args, name) is not None:
+                raise ValueError(f"--{name} needs --{verb}")
+    for name in SHARED:
+        if not wanted and getattr(args, name) is not None:
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} needs --attention TEXT or --usefulness DATA")
 
 
 def show_bases(console: Any, config: Any) -> None:

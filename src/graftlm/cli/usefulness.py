@@ -7,12 +7,10 @@ from typing import Any
 from graftlm.cli import options
 
 PICTURE, NUMBERS, PRUNED = "usefulness.png", "usefulness.json", "pruned"
-ONLY_HERE = ("limit", "prune", "output", "device")
-LOADING = ("anchor", "augmenting", "dtype", "device_map", "quantize", "trust_remote_code")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What to measure on, what to prune, and where results go."""
+    """What to measure on, and what to prune."""
     group = parser.add_argument_group("usefulness of connections")
     group.add_argument(
         "--usefulness",
@@ -23,21 +21,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--prune", type=int, metavar="K", help="save a model with K connections in OUTPUT/pruned"
     )
-    parser.add_argument("--output", metavar="FOLDER", help="for the numbers and a picture")
-    parser.add_argument("--device", metavar="NAME", help="such as cpu or cuda:1")
-    options.add_models(parser, required=False)
-    options.add_loading(parser)
-
-
-def check_unused(args: argparse.Namespace) -> None:
-    """Refuse options that only measuring uses.
-
-    Raises:
-        ValueError: Naming the first.
-    """
-    for name in (*ONLY_HERE, *LOADING):
-        if getattr(args, name) is not None:
-            raise ValueError(f"--{name.replace('_', '-')} needs --usefulness DATA")
 
 
 def run(args: argparse.Namespace) -> int:
