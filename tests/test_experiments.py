@@ -372,7 +372,12 @@ def test_the_whole_experiment(tmp_path: Path, experiment: Experiment) -> None:
     assert "<script" not in page
     assert "http" not in page.replace("http-equiv", "")
     text = (tmp_path / "report.md").read_text()
-    for words in ("| **composed (CALM)** |", "What m_B could do before", "near: ablations", "None."):
+    for words in (
+        "| **composed (CALM)** |",
+        "What m_B could do before",
+        "near: ablations",
+        "None.",
+    ):
         assert words in text
     assert ComposedForCausalLM.from_pretrained(tmp_path / "composed" / "1").num_parameters() > 0
 

@@ -22,7 +22,7 @@ from graftlm.cache import ComposedCache
 from graftlm.composed import ComposedModel
 from graftlm.config import ComposedConfig, Connection
 from graftlm.growing_cache import let_grow
-from graftlm.passes import PassInputs, Scoped, connections_off, prompt_of
+from graftlm.passes import PassInputs, Scoped, connections_off, prompt_of, scales_here
 from graftlm.saving import SavesBridges
 
 anchor_only_keys: Scoped[frozenset[str]] = Scoped(frozenset())
@@ -109,10 +109,38 @@ class ComposedForCausalLM(SavesBridges, GenerationMixin):
         Raises:
             ValueError: If there is no such augmenting model.
         """
+        self.check_name(name)
+        self.config.scales[name] = float(scale)
+
+    @contextmanager
+    def scaled(self, scales: Mapping[str, float | int]) -> Iterator[None]:
+        """Within this context these scales hold, in this thread; the model keeps its own.
+
+        Args:
+            scales: By name of the augmenting model, as in `set_scale`.
+
+        Raises:
+            ValueError: If there is no such augmenting model.
+        """
+        for name in scales:
+            self.check_name(name)
+        before = scales_here.get()
+        ours = {(self.model.hooks.key, name): float(scale) for name, scale in scales.items()}
+        scales_here.set({**before, **ours})
+        try:
+            yield
+        finally:
+            scales_here.set(before)
+
+    def check_name(self, name: str) -> None:
+        """Refuse what is no augmenting model of ours.
+
+        Raises:
+            ValueError: Naming those there are.
+        """
         if name not in self.config.scales:
             names = ", ".join(repr(known) for known in self.config.scales)
             raise ValueError(f"there is no augmenting model {name!r}, only {names}")
-        self.config.scales[name] = float(scale)
 
     @contextmanager
     def anchor_only(self) -> Iterator[None]:
