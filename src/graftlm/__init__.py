@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from graftlm.config import BridgeConfig, ComposedConfig, Connection
     from graftlm.errors import CheckpointMismatchError, GraftlmError, UnsupportedModelError
     from graftlm.evaluation import evaluate
+    from graftlm.explain import Explanation
     from graftlm.loading import compose
     from graftlm.processor import ComposedDataCollator, ComposedProcessor
     from graftlm.states_cache import StatesCache
@@ -37,6 +38,7 @@ _HOME = {
     "ComposedProcessor": "processor",
     "ComposedTrainer": "trainer",
     "Connection": "config",
+    "Explanation": "explain",
     "GraftlmError": "errors",
     "UnsupportedModelError": "errors",
     "StatesCache": "states_cache",
@@ -58,6 +60,7 @@ __all__ = [
     "ComposedProcessor",
     "ComposedTrainer",
     "Connection",
+    "Explanation",
     "GraftlmError",
     "StatesCache",
     "UnsupportedModelError",

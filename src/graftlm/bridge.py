@@ -10,6 +10,7 @@ Where the paper is silent, `BridgeConfig` says what we do and `docs/paper.md` sa
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -78,6 +79,7 @@ class Bridge(GradientCheckpointingLayer):
         query_positions: Real[Tensor, "#batch seq"] | None = None,
         key_positions: Real[Tensor, "#batch new_seq"] | None = None,
         past_key_values: Cache | None = None,
+        record: Callable[[Tensor], None] | None = None,
     ) -> Float[Tensor, "batch seq d_anchor"]:
         """The update f_cross: what the anchor's hidden states read from one augmenting layer.
 
@@ -92,6 +94,7 @@ class Bridge(GradientCheckpointingLayer):
                 if all keys are new, and reads every key otherwise.
             query_positions, key_positions: Positions in tokens, used by "rotary".
             past_key_values: The cache of all bridges; this bridge owns layer `index`.
+            record: Called with the attention weights, which are not computed otherwise.
         """
         dtype = self.cross_q.weight.dtype
         query = self.heads(self.cross_q(self.query_norm(hidden_states).to(dtype)))
@@ -115,6 +118,8 @@ class Bridge(GradientCheckpointingLayer):
         read = F.scaled_dot_product_attention(
             query, keys, values, attn_mask=cross_mask, is_causal=is_causal
         )
+        if record is not None:
+            record(attention_weights(query, keys, cross_mask, is_causal))
         update = self.cross_o(read.transpose(1, 2).flatten(2))  # (batch, seq, d_anchor)
         if self.gate is not None:
             update = update * self.gate.tanh()
@@ -139,6 +144,27 @@ class Bridge(GradientCheckpointingLayer):
     ) -> Float[Tensor, "batch heads seq head_dim"]:
         """Split the last axis into heads."""
         return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+
+
+def attention_weights(
+    query: Float[Tensor, "batch heads seq head_dim"],
+    keys: Float[Tensor, "batch heads aug_seq head_dim"],
+    cross_mask: Tensor | None,
+    is_causal: bool,
+) -> Float[Tensor, "batch heads seq aug_seq"]:
+    """The weights by which fused attention sums the values, in float32 at least.
+
+    The fused kernels do not give them away, so they are computed beside them, from what they get.
+    """
+    wide = torch.promote_types(query.dtype, torch.float32)
+    scores = query.to(wide) @ keys.to(wide).transpose(-2, -1) * query.shape[-1] ** -0.5
+    if is_causal:
+        cross_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if cross_mask is not None and cross_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~cross_mask, -math.inf)
+    elif cross_mask is not None:
+        scores = scores + cross_mask
+    return scores.softmax(-1)
 
 
 class InputNorm(nn.Module):

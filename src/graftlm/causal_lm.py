@@ -1,7 +1,7 @@
 """The composed model with the anchor's head: what users train, generate with and save."""
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,7 @@ from graftlm.augmenting_tokens import AugmentingTokens
 from graftlm.cache import ComposedCache
 from graftlm.composed import ComposedModel
 from graftlm.config import ComposedConfig, Connection
+from graftlm.explain import Explanation, explain
 from graftlm.growing_cache import let_grow
 from graftlm.passes import PassInputs, Scoped, connections_off, prompt_of, scales_here
 from graftlm.saving import SavesBridges
@@ -301,6 +302,33 @@ class ComposedForCausalLM(SavesBridges, GenerationMixin):
         if self.is_anchor_only:
             return self.anchor.generate(*args, **kwargs)  # pyrefly: ignore[not-callable]
         return super().generate(*args, **kwargs)  # pyrefly: ignore[bad-argument-type]
+
+    def explain(
+        self,
+        text: str | None = None,
+        *,
+        input_ids: Tensor | Sequence[int] | None = None,
+        max_new_tokens: int = 0,
+        top: int = 10,
+        num_prompt: int | None = None,
+    ) -> Explanation:
+        """What the bridges do in one text: who reads what, how much, and what it changes.
+
+        Memory grows with the square of the text: attention weights of all heads and connections.
+
+        Args:
+            text: The prompt.
+            input_ids: The prompt's tokens instead, (seq,) or (1, seq).
+            max_new_tokens: How many tokens to write behind it at most, greedily.
+            top: How many of the likeliest next tokens to name.
+            num_prompt: How many of the tokens are the prompt, where the model has written the
+                others before; by default all.
+
+        Raises:
+            ValueError: If there is not exactly one prompt, there is no tokenizer to split it
+                with, `num_prompt` does not fit, or the model is within `anchor_only`.
+        """
+        return explain(self, text, input_ids, max_new_tokens, top, num_prompt)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As in transformers. The augmenting models read on from the cache, step by step."""

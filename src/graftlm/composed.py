@@ -263,7 +263,7 @@ class ComposedModel(ComposedPreTrainedModel):
             )
         if not torch.compiler.is_compiling():
             self.attach_hooks()
-        forward_pass = ForwardPass(self.hooks.key, self, cache)
+        forward_pass = ForwardPass(self.hooks.key, self, cache, observed=inputs.observed)
         if inputs.frozen_states is not None:
             shape = inputs.input_ids.shape
             take_states(self, forward_pass, "anchor", inputs.frozen_states, shape)
@@ -406,6 +406,7 @@ class ComposedModel(ComposedPreTrainedModel):
             hidden_states = hidden_states.detach().requires_grad_() if needs_leaf else hidden_states
         result = hidden_states
         cache = None if forward_pass.cache is None else forward_pass.cache.bridges
+        observed = forward_pass.observed
         for index, connection in enumerate(self.config.connections):
             name = connection.augmenting
             if connection.anchor_layer != layer or name not in forward_pass.plan:
@@ -423,6 +424,7 @@ class ComposedModel(ComposedPreTrainedModel):
                     query_positions=alignment.query_positions,
                     key_positions=alignment.new_key_positions,
                     past_key_values=cache,
+                    record=observed and observed.recorder(index, alignment.any_visible),
                 )
                 if alignment.any_visible is not None:
                     update = torch.where(alignment.any_visible.to(update.device), update, 0.0)
@@ -432,7 +434,10 @@ class ComposedModel(ComposedPreTrainedModel):
                 continue
             update = updates[0] if len(updates) == 1 else torch.cat(updates, dim=1)
             scale = self.scale_of(name)
-            result = result + (update if scale == 1 else update * scale)
+            update = update if scale == 1 else update * scale
+            if observed is not None:
+                observed.add_update(index, hidden_states, update)
+            result = result + update
         return result
 
     def run(

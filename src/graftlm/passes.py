@@ -48,6 +48,7 @@ class PassInputs:
     read_ids: Int[Tensor, "batch seq"] | None = None
     augmenting_inputs: Mapping[str, AugmentingTokens] | None = None
     frozen_states: Mapping[str, Tensor] | None = None
+    observed: "Observed | None" = None
 
     @property
     def tokens_to_read(self) -> Int[Tensor, "batch seq"]:
@@ -89,6 +90,37 @@ class PassInputs:
 
 
 @dataclass(eq=False, slots=True)
+class Observed:
+    """What the bridges do in one pass without a cache, for whoever asks (see `explain`).
+
+    Args:
+        attention: (batch, heads, seq, aug_seq) by connection; 0 where nothing is visible.
+        update_share: (batch, seq) by connection: norm of the update, scale included, over the
+            norm of the hidden states it is added to.
+    """
+
+    attention: dict[int, Tensor] = field(default_factory=dict)
+    update_share: dict[int, Tensor] = field(default_factory=dict)
+
+    def recorder(self, connection: int, any_visible: Tensor | None) -> Callable[[Tensor], None]:
+        """Keeps the weights of one connection, but for rows whose update is dropped."""
+
+        def record(weights: Tensor) -> None:
+            assert connection not in self.attention, "without a cache there is one block only"
+            if any_visible is not None:
+                weights = weights.masked_fill(~any_visible[:, None].to(weights.device), 0.0)
+            self.attention[connection] = weights
+
+        return record
+
+    def add_update(self, connection: int, hidden_states: Tensor, update: Tensor) -> None:
+        """Measure what one connection adds."""
+        wide = torch.promote_types(hidden_states.dtype, torch.float32)
+        norms = [x.to(wide).norm(dim=-1) for x in (update, hidden_states)]
+        self.update_share[connection] = norms[0] / norms[1]
+
+
+@dataclass(eq=False, slots=True)
 class ForwardPass:
     """What lives from the begin to the end of one forward pass, and no longer.
 
@@ -101,6 +133,7 @@ class ForwardPass:
         cache: The composed cache, or None.
         bridged: How many anchor layers have been bridged.
         layer_output: In a recording pass: what an anchor layer returns; see `layer_output`.
+        observed: Where to keep what the bridges do, if anybody asked.
     """
 
     key: str
@@ -111,6 +144,7 @@ class ForwardPass:
     plan: dict[str, Any] = field(default_factory=dict)
     bridged: int = 0
     layer_output: tuple[type, int] | None = None
+    observed: Observed | None = None
 
     def __enter__(self) -> "ForwardPass":
         passes.set((*passes.get(), self))

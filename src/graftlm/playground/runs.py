@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -383,16 +383,12 @@ class Playground:
         if run is None or column is None or not column.prompt_ids:
             raise ValueError("nothing has been written yet; press Generate first")
         ids = [*column.prompt_ids, *column.ids]
-        weights = len(ids) ** 2 * sum(
-            self.model.model.num_bridge_heads for _ in self.model.config.connections
-        )
+        num_heads = self.model.model.num_bridge_heads * len(self.model.bridges)
+        weights = num_heads * len(ids) ** 2
         if weights > MAX_WEIGHTS:
             raise ValueError(
                 f"the text has {len(ids)} tokens, whose attention is about {weights:,} numbers, "
                 f"but this page shows up to {MAX_WEIGHTS:,}; ask for fewer tokens"
             )
         with self.turns, self.model.scaled(run.request.scales):
-            explanation = self.model.explain(
-                input_ids=torch.tensor([ids], device=self.model.device)
-            )
-        return replace(explanation, num_prompt=len(column.prompt_ids))
+            return self.model.explain(input_ids=ids, num_prompt=len(column.prompt_ids))
