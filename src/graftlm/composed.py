@@ -146,7 +146,7 @@ class ComposedModel(ComposedPreTrainedModel):
     def is_read(self, name: str) -> bool:
         """Whether anything is read of an augmenting model; else it is not run."""
         return self.scale_of(name) != 0 and not all(
-            [self.is_off(i) for i, c in enumerate(self.config.connections) if c.augmenting == name]
+            self.is_off(i) for i, c in enumerate(self.config.connections) if c.augmenting == name
         )
 
     def attach_hooks(self) -> None:

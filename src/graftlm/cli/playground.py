@@ -6,7 +6,6 @@ import socket
 import sys
 import threading
 import warnings
-from typing import Any
 
 from graftlm.cli import options
 

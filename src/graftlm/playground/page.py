@@ -17,7 +17,10 @@ IN_QUEUE = 64  # visitors that may wait
 STYLE = Path(__file__).with_name("page.css")
 # Fonts of the visitor's machine, and colours that can be read: the default's are pale.
 THEME = gr.themes.Default(
-    primary_hue="blue", neutral_hue="slate", font="system-ui", font_mono="ui-monospace"
+    primary_hue="blue",
+    neutral_hue="slate",
+    font=("system-ui", "sans-serif"),
+    font_mono=("ui-monospace", "monospace"),
 ).set(
     body_text_color_subdued="*neutral_600",
     body_text_color_subdued_dark="*neutral_300",
@@ -32,6 +35,13 @@ THEME = gr.themes.Default(
     button_primary_background_fill_dark="*primary_700",
     button_primary_background_fill_hover_dark="*primary_600",
 )
+# Gradio shows texts in disabled fields, which keyboards and screen readers skip, and lets their
+# label name the button beside them.
+READABLE = """() => document.querySelectorAll(".text textarea").forEach(field => {
+    field.disabled = false;
+    field.readOnly = true;
+    field.ariaLabel = field.closest("label").querySelector("span").innerText.trim();
+})"""
 COMPLETION, CHAT = "Completion", "Chat"
 
 Updates = dict[Any, Any]  # component: its new value
@@ -51,7 +61,8 @@ class Page:
         with gr.Blocks(
             title="graftlm playground", analytics_enabled=False, fill_width=True
         ) as self.blocks:
-            gr.Markdown(f"# {title}\n{self.about()}", elem_id="about")
+            heading = f"<h1>{html.escape(title)}</h1><p>{self.about()}</p>"
+            gr.HTML(heading, elem_id="about", padding=False)
             with gr.Row():
                 with gr.Column(scale=3, min_width=300):
                     self.add_prompt()
@@ -68,14 +79,14 @@ class Page:
     # ---- what it shows -------------------------------------------------------------------
 
     def about(self) -> str:
-        """The composition in one sentence."""
+        """The composition in two sentences of HTML."""
         model = self.playground.model
         count = len(model.config.connections)
-        parts = [f"**{name}** ({kind_of(part)})" for name, part in model.augmenting.items()]
+        parts = [f"<b>{name}</b> ({kind_of(part)})" for name, part in model.augmenting.items()]
         return (
-            f"The **anchor** ({kind_of(model.anchor)}) reads {' and '.join(parts)} through "
+            f"The <b>anchor</b> ({kind_of(model.anchor)}) reads {' and '.join(parts)} through "
             f"{count} {'bridge' if count == 1 else 'bridges'}. Each writes on its own below; "
-            "**composed** is the anchor with its bridges."
+            "<b>composed</b> is the anchor with its bridges."
         )
 
     def add_prompt(self) -> None:
@@ -104,7 +115,7 @@ class Page:
                 "Generate", variant="primary", min_width=120, elem_id="generate"
             )
             self.stop = gr.Button("Stop", interactive=False, min_width=120, elem_id="stop")
-        self.status = gr.HTML(said("Ready."), elem_id="status")
+        self.status = gr.HTML(said("Ready."), elem_id="status", padding=False)
 
     def add_scales(self) -> list[Any]:
         """A switch and a slider for each augmenting model."""
@@ -162,7 +173,7 @@ class Page:
                     elem_id=name if name in ("anchor", "composed") else f"augmenting-{name}",
                     elem_classes="text",
                 )
-                notes[name] = gr.HTML(said(""), elem_classes="note")
+                notes[name] = gr.HTML(said(""), elem_classes="note", padding=False)
         return texts, notes
 
     # ---- what happens --------------------------------------------------------------------
@@ -187,6 +198,7 @@ class Page:
         self.show.click(
             self.on_show, None, [self.attention], api_visibility="private", concurrency_limit=1
         )
+        self.blocks.load(js=READABLE, **hidden)
         self.blocks.unload(self.on_leave)
         self.blocks.queue(max_size=IN_QUEUE)
 

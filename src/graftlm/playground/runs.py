@@ -316,7 +316,8 @@ class Playground:
         model: Any = self.model.augmenting.get(name, self.model)
         if not model.can_generate():
             raise ValueError(
-                f"augmenting model {name!r} was composed without its head, so it writes nothing alone"
+                f"augmenting model {name!r} was composed without its head, so it writes nothing "
+                "alone"
             )
         inputs = self.encode(column.tokenizer, request)
         self.check_fits(name, inputs["input_ids"].shape[1] + request.max_new_tokens)
@@ -326,7 +327,10 @@ class Playground:
             **inputs.to(model.device),
             max_new_tokens=request.max_new_tokens,
             # Nor what the models' files say: the page shows all settings there are.
-            **{"do_sample": False, "temperature": None, "top_p": None, "top_k": None},
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
             logits_processor=request.sampler(),
             pad_token_id=column.tokenizer.eos_token_id if pad is None else pad,
             streamer=column,

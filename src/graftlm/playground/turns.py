@@ -7,9 +7,9 @@ from collections import deque
 class Turns:
     """Lets one thread compute at a time; the one that has waited longest is next.
 
-    A forward pass uses all cores, or the whole GPU, so that several at once would finish no earlier,
-    and how long each took would tell of the others. A plain lock is not fair: the thread that
-    releases it usually takes it again.
+    A forward pass uses all cores, or the whole GPU, so that several at once would finish no
+    earlier, and how long each took would tell of the others. A plain lock is not fair: the thread
+    that releases it usually takes it again.
 
         with turns:          # wait for the first turn
             compute()
