@@ -292,8 +292,9 @@ def test_visitors_do_not_mix(playground: Playground, model: Any) -> None:
 def test_requests_that_are_refused(
     changes: dict[str, Any], words: str, playground: Playground
 ) -> None:
+    asked: dict[str, Any] = {"prompt": "1+2="}
     with pytest.raises(ValueError, match=words):
-        playground.start("one", Request(**{"prompt": "1+2="} | changes))
+        playground.start("one", Request(**asked | changes))
     assert not playground.runs
 
 
@@ -305,7 +306,8 @@ def test_limits_are_positive() -> None:
 
 
 def errors(playground: Playground, **request: Any) -> dict[str, str]:
-    run = playground.start("one", Request(**{"prompt": "1+2=", "max_new_tokens": 5} | request))
+    asked: dict[str, Any] = {"prompt": "1+2=", "max_new_tokens": 5}
+    run = playground.start("one", Request(**asked | request))
     run.wait()
     return {name: column.error for name, column in run.columns.items()}
 

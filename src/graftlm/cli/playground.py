@@ -81,6 +81,7 @@ def free_port(host: str, ports: range) -> int:
     Raises:
         ValueError: If none is free, or the host is not of this machine.
     """
+    reason = ""
     for port in ports:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         with socket.socket(family) as tried:
@@ -88,7 +89,7 @@ def free_port(host: str, ports: range) -> int:
             try:
                 tried.bind((host, port))
             except OSError as error:
-                reason = error.strerror
+                reason = error.strerror or str(error)
             else:
                 return port
     raise ValueError(f"--host {host} has no free --port from {ports[0]} to {ports[-1]}: {reason}")

@@ -4,7 +4,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Generator, Hashable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -190,7 +190,7 @@ class Run:
         """Whether all have ended."""
         return all(column.is_over for column in self.columns.values())
 
-    def looks(self) -> Iterator[None]:
+    def looks(self) -> Generator[None, None, None]:
         """Comes back now and then until all is written, and once more then.
 
         Whoever stops looking stops the run.

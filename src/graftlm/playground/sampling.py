@@ -38,4 +38,5 @@ class Sampler(LogitsProcessor):
     ) -> Float[Tensor, "batch vocab"]:
         """The scores with noise."""
         noise = torch.empty(scores.shape).exponential_(generator=self.generator).log()
-        return self.warpers(input_ids, scores) - noise.to(scores.device)
+        warped = self.warpers(input_ids, scores)  # pyrefly: ignore[bad-argument-type]
+        return warped - noise.to(scores.device)

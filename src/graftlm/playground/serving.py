@@ -20,7 +20,7 @@ def serve(page: Page, host: str, port: int) -> Iterator[str]:
     Yields:
         The page's address.
     """
-    page.blocks.launch(
+    _, address, _ = page.blocks.launch(
         server_name=host,
         server_port=port,
         share=False,
@@ -35,7 +35,7 @@ def serve(page: Page, host: str, port: int) -> Iterator[str]:
         css_paths=[STYLE],
     )
     try:
-        yield page.blocks.local_url.rstrip("/")
+        yield address.rstrip("/")
     finally:
         page.playground.close()
         page.blocks.close(verbose=False)
