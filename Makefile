@@ -2,6 +2,7 @@
 # make test    the fast tests                                  make check    format, lint, types
 # make test-slow   the rest                                    make test-oldest   oldest versions
 # make bench   measure time and memory against floor and LoRA (QUICK=1: 3 minutes)
+# make browser install Chromium, in which make test-slow tries the playground
 # make models  fetch small pretrained models (CODER=1: a code model too), for examples and tests
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ BIN := .venv/bin
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo bench models test test-slow test-oldest check fix lock clean
+.PHONY: demo bench models browser test test-slow test-oldest check fix lock clean
 
 demo: $(BIN)/.installed
 	$(BIN)/graftlm reproduce kv-arithmetic --systems augmenting anchor composed wrong-test
@@ -20,6 +21,9 @@ bench: $(BIN)/.installed
 
 models: $(BIN)/.installed
 	$(BIN)/python -m graftlm.reproduce.real_models $(if $(CODER),--coder)
+
+browser:
+	command -v chromium || { apt-get update && apt-get install -y --no-install-recommends chromium; }
 
 test: $(BIN)/.installed
 	$(TEST_ENV) $(BIN)/pytest -n auto --maxprocesses 8

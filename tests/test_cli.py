@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ import graftlm
 from graftlm import ComposedForCausalLM
 from graftlm.cli import VERBS, build_parser, main
 from graftlm.cli.help import children, page
+from graftlm.cli.playground import free_port, is_loopback
 from graftlm.recipe import Recipe
 from lm_tasks import write_tasks
 from tiny import character_tokenizer, save_model, save_pair, sums, write_lines
@@ -495,6 +497,72 @@ def test_generate_needs_a_tokenizer(opened: str, output: Output, tmp_path: Path)
     message = f"there is no tokenizer in {folder} nor beside the anchor"
     words = ("generate", str(folder), "x", "--anchor", str(anchor))
     assert message in output.of(*words, status=2)
+
+
+# ---- playground --------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_playground_serves_until_it_is_interrupted(
+    opened: str, output: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import signal
+    import threading
+    import urllib.request
+    import webbrowser
+
+    pages = []
+
+    def visit(address: str) -> bool:
+        pages.append(urllib.request.urlopen(address).read().decode())
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        return True
+
+    monkeypatch.setattr(webbrowser, "open", visit)
+    port = free_port("127.0.0.1", range(8060, 8160))
+    limits = ("--max-characters", "70", "--max-new-tokens", "9")
+    where = ("--host", "127.0.0.1", "--port", str(port), "--open")
+    shown = output.of("playground", opened, *where, *limits)
+    assert shown == (
+        f"{opened} is at http://127.0.0.1:{port} (Ctrl-C ends it)\n\nthe playground has ended\n"
+    )
+    assert "up to 70 characters" in pages[0]
+    assert free_port("127.0.0.1", range(port, port + 1)) == port
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--max-characters", "0"], "max_characters is 0, but must be a positive whole number"),
+        (["--max-new-tokens", "-1"], "max_new_tokens is -1, but must be a positive whole number"),
+        (["--host", "203.0.113.9"], "--host 203.0.113.9 has no free --port from 7860 to 7959: "),
+    ],
+)
+def test_playground_refuses(words: list[str], message: str, opened: str, output: Output) -> None:
+    assert message in output.of("playground", opened, *words, status=2)
+
+
+def test_a_playground_needs_a_free_port_and_gradio(
+    opened: str, output: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        shown = output.of("playground", opened, "--port", str(port), status=2)
+        assert (
+            f"--host 127.0.0.1 has no free --port from {port} to {port}: Address already" in shown
+        )
+        assert free_port("127.0.0.1", range(port, port + 40)) > port
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    shown = output.of("playground", opened, status=2)
+    words = "the playground needs the gradio package, which is missing; pip install 'graftlm[playg"
+    assert words in shown
+
+
+def test_who_can_reach_a_playground() -> None:
+    hosts = ("127.0.0.1", "::1", "localhost", "0.0.0.0", "192.0.2.7", "example.org")
+    assert list(map(is_loopback, hosts)) == [True, True, True, False, False, False]
 
 
 # ---- verify ------------------------------------------------------------------------------

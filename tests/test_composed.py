@@ -293,6 +293,62 @@ def test_anchor_only_is_the_anchor_bit_for_bit(family):
     assert not model.is_anchor_only
 
 
+@torch.no_grad()
+def test_scaled_is_set_scale_for_a_while(model):
+    """Half, nothing and all of it, in prefill and in decoding; nested; also after an error."""
+    ids, batch, name = token_ids(2, 9), left_padded([5, 3]), "augmenting"
+
+    def run():
+        return model(ids).logits, *generated(model, batch, 5)
+
+    expected = {}
+    for scale in (0, 0.5, 1):
+        model.set_scale(name, scale)
+        expected[scale] = run()
+    assert not torch.equal(expected[0.5][0], expected[1][0])
+
+    def check(scale):
+        for found, wanted in zip(run(), expected[scale], strict=True):
+            assert torch.equal(found, wanted)
+
+    with model.scaled({name: 0.5}):
+        check(0.5)
+        with model.scaled({name: 0}):
+            check(0)
+            assert torch.equal(model(ids).logits, model.anchor(ids).logits)
+        check(0.5)
+        assert model.config.scales == {name: 1.0}
+    with pytest.raises(KeyError), model.scaled({name: 0}):
+        raise KeyError
+    check(1)
+    other = open_bridges(compose(tiny_llama(), tiny("gpt2"), every=1))
+    with other.scaled({name: 0}):
+        check(1)
+
+
+@torch.no_grad()
+def test_scaled_is_of_one_thread(model):
+    """Two visitors of a playground with different sliders decode at the same time."""
+    ids, found, both = token_ids(2, 9), {}, threading.Barrier(2)
+
+    def run(scale):
+        with model.scaled({"augmenting": scale}):
+            both.wait(timeout=60)
+            found[scale] = [model(ids).logits for _ in range(5)]
+            both.wait(timeout=60)
+
+    threads = [threading.Thread(target=run, args=(scale,)) for scale in (0.25, 0.75)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for scale, logits in found.items():
+        model.set_scale("augmenting", scale)
+        expected = model(ids).logits
+        assert len(logits) == 5
+        assert all(torch.equal(mine, expected) for mine in logits)
+
+
 # ---- frozen --------------------------------------------------------------------------------
 
 

@@ -176,6 +176,10 @@ def test_a_compiled_forward_is_the_eager_one(position, padded):
     with torch.no_grad():
         expected = model(**batch, use_cache=False).logits
         assert_close(compiled(**batch, use_cache=False).logits, expected, **TOLERANCE)
+        with model.scaled({"augmenting": 0.5}):  # known to what was traced before
+            half = model(**batch, use_cache=False).logits
+            assert_close(compiled(**batch, use_cache=False).logits, half, **TOLERANCE)
+            assert not torch.equal(half, expected)
 
 
 @pytest.mark.slow

@@ -197,6 +197,8 @@ def test_a_model_that_is_switched_on_in_the_middle_of_a_text(model, static):
 def test_a_scale_of_a_model_that_does_not_exist(model):
     with pytest.raises(ValueError, match="there is no augmenting model 'code', only 'augmenting'"):
         model.set_scale("code", 0.5)
+    with pytest.raises(ValueError, match="there is no augmenting model 'sw', only 'augmenting'"):
+        model.scaled({"augmenting": 1, "sw": 0.5}).__enter__()
 
 
 def test_a_bridged_layer_that_did_not_run(model, monkeypatch):

@@ -205,6 +205,24 @@ def test_only_the_prompt_is_read_if_that_is_all_the_model_reads():
     assert np.allclose(found.attention[0].sum(-1), 1, atol=1e-5)
 
 
+@pytest.mark.parametrize("reads", ["sequence", "prompt"])
+def test_what_was_written_before_is_explained_as_what_is_written_now(reads):
+    model = shared(reads=reads)
+    ids = torch.as_tensor([model.processor.tokenizer(TEXT)["input_ids"]])
+    written = model.generate(ids, max_new_tokens=3, do_sample=False)
+    found = model.explain(input_ids=written, num_prompt=ids.shape[1])
+    assert found.to_json() == model.explain(TEXT, max_new_tokens=3).to_json()
+
+
+def test_scales_are_those_of_the_context():
+    model = shared()
+    with model.scaled({"first": 0.5}):
+        here = model.explain(TEXT)
+    model.set_scale("first", 0.5)
+    assert here.scales == {"first": 0.5, "second": 1.0}
+    assert here.to_json() == model.explain(TEXT).to_json()
+
+
 def test_a_model_that_is_switched_off_reads_nothing():
     model = shared()
     model.set_scale("second", 0)
@@ -268,6 +286,11 @@ def test_a_model_without_a_head_predicts_nothing():
         ({"input_ids": []}, r"has shape \(0,\) in tokens"),
         ({"input_ids": [1], "max_new_tokens": -2}, "max_new_tokens is -2, but must be 0 or more"),
         ({"input_ids": [1], "top": 0}, "top is 0, but must be a positive whole number"),
+        ({"input_ids": [1, 2], "num_prompt": 3}, "num_prompt is 3, .* from 1 to the 2 tokens giv"),
+        (
+            {"input_ids": [1, 2], "num_prompt": 1, "max_new_tokens": 4},
+            r"num_prompt is 1, .* nothing more to write .max_new_tokens is 4\)",
+        ),
     ],
 )
 def test_what_cannot_be_explained_is_refused(options, message):

@@ -149,9 +149,9 @@ def check_frozen_parts(model: "ComposedForCausalLM") -> None:
     Raises:
         ValueError: Naming a parameter, or what else stands in the way.
     """
-    for name, scale in model.config.scales.items():
+    for name in model.augmenting:
         if not model.model.is_read(name):
-            reason = "its scale is 0" if scale == 0 else "within without"
+            reason = "its scale is 0" if model.model.scale_of(name) == 0 else "within without"
             raise ValueError(
                 f"augmenting model {name!r} is switched off ({reason}), so that it gives no "
                 "hidden states; switch it on first"

@@ -23,7 +23,7 @@ from graftlm.composed import ComposedModel
 from graftlm.config import ComposedConfig, Connection
 from graftlm.explain import Explanation, explain
 from graftlm.growing_cache import let_grow
-from graftlm.passes import PassInputs, Scoped, connections_off, prompt_of
+from graftlm.passes import PassInputs, Scoped, connections_off, prompt_of, scales_here
 from graftlm.saving import SavesBridges
 
 anchor_only_keys: Scoped[frozenset[str]] = Scoped(frozenset())
@@ -110,10 +110,38 @@ class ComposedForCausalLM(SavesBridges, GenerationMixin):
         Raises:
             ValueError: If there is no such augmenting model.
         """
+        self.check_name(name)
+        self.config.scales[name] = float(scale)
+
+    @contextmanager
+    def scaled(self, scales: Mapping[str, float | int]) -> Iterator[None]:
+        """Within this context these scales hold, in this thread; the model keeps its own.
+
+        Args:
+            scales: By name of the augmenting model, as in `set_scale`.
+
+        Raises:
+            ValueError: If there is no such augmenting model.
+        """
+        for name in scales:
+            self.check_name(name)
+        before = scales_here.get()
+        ours = {(self.model.hooks.key, name): float(scale) for name, scale in scales.items()}
+        scales_here.set({**before, **ours})
+        try:
+            yield
+        finally:
+            scales_here.set(before)
+
+    def check_name(self, name: str) -> None:
+        """Refuse what is no augmenting model of ours.
+
+        Raises:
+            ValueError: Naming those there are.
+        """
         if name not in self.config.scales:
             names = ", ".join(repr(known) for known in self.config.scales)
             raise ValueError(f"there is no augmenting model {name!r}, only {names}")
-        self.config.scales[name] = float(scale)
 
     @contextmanager
     def anchor_only(self) -> Iterator[None]:
@@ -275,6 +303,7 @@ class ComposedForCausalLM(SavesBridges, GenerationMixin):
         input_ids: Tensor | Sequence[int] | None = None,
         max_new_tokens: int = 0,
         top: int = 10,
+        num_prompt: int | None = None,
     ) -> Explanation:
         """What the bridges do in one text: who reads what, how much, and what it changes.
 
@@ -285,12 +314,14 @@ class ComposedForCausalLM(SavesBridges, GenerationMixin):
             input_ids: The prompt's tokens instead, (seq,) or (1, seq).
             max_new_tokens: How many tokens to write behind it at most, greedily.
             top: How many of the likeliest next tokens to name.
+            num_prompt: How many of the tokens are the prompt, where the model has written the
+                others before; by default all.
 
         Raises:
             ValueError: If there is not exactly one prompt, there is no tokenizer to split it
-                with, or the model is within `anchor_only`.
+                with, `num_prompt` does not fit, or the model is within `anchor_only`.
         """
-        return explain(self, text, input_ids, max_new_tokens, top)
+        return explain(self, text, input_ids, max_new_tokens, top, num_prompt)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As in transformers. The augmenting models read on from the cache, step by step."""

@@ -25,7 +25,7 @@ from graftlm.config import ComposedConfig, Connection
 from graftlm.frozen_states import entering_view, take_states
 from graftlm.growing_cache import let_grow
 from graftlm.own_tokens import has_reader, run_reader
-from graftlm.passes import ForwardPass, Hooks, PassInputs, connections_off, part_of
+from graftlm.passes import ForwardPass, Hooks, PassInputs, connections_off, part_of, scales_here
 from graftlm.reading import Reader
 
 
@@ -150,13 +150,17 @@ class ComposedModel(ComposedPreTrainedModel):
             indices.add(known.index(connection))
         return indices
 
+    def scale_of(self, name: str) -> float:
+        """What multiplies an augmenting model's updates: `scaled`'s factor, else the saved one."""
+        return scales_here.get().get((self.hooks.key, name), self.config.scales[name])
+
     def is_off(self, index: int) -> bool:
         """Whether a connection is switched off by `ComposedForCausalLM.without`."""
         return (self.hooks.key, index) in connections_off.get()
 
     def is_read(self, name: str) -> bool:
         """Whether anything is read of an augmenting model; else it is not run."""
-        return self.config.scales[name] != 0 and not all(
+        return self.scale_of(name) != 0 and not all(
             self.is_off(i) for i, c in enumerate(self.config.connections) if c.augmenting == name
         )
 
@@ -444,7 +448,7 @@ class ComposedModel(ComposedPreTrainedModel):
             if is_off:  # it ran for its keys and values, so that all caches have read as much
                 continue
             update = updates[0] if len(updates) == 1 else torch.cat(updates, dim=1)
-            scale = self.config.scales[name]
+            scale = self.scale_of(name)
             update = update if scale == 1 else update * scale
             if observed is not None:
                 observed.add_update(index, hidden_states, update)

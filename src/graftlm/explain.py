@@ -91,6 +91,7 @@ def explain(
     input_ids: Tensor | Sequence[int] | None,
     max_new_tokens: int,
     top: int,
+    num_prompt: int | None = None,
 ) -> Explanation:
     """See `ComposedForCausalLM.explain`."""
     check_numbers(max_new_tokens, top)
@@ -99,7 +100,13 @@ def explain(
             "explain was called within anchor_only, where no bridge does anything; call it outside"
         )
     ids = ids_of(model, text, input_ids)
-    num_prompt = ids.shape[1]
+    if num_prompt is None:
+        num_prompt = ids.shape[1]
+    elif max_new_tokens or not 1 <= num_prompt <= ids.shape[1]:
+        raise ValueError(
+            f"num_prompt is {num_prompt}, but must be from 1 to the {ids.shape[1]} tokens given, "
+            f"with nothing more to write (max_new_tokens is {max_new_tokens})"
+        )
     if max_new_tokens:
         ids = continue_greedily(model, ids, max_new_tokens)
     observed = Observed()
@@ -129,7 +136,7 @@ def explain(
         tokens=texts,
         num_prompt=num_prompt,
         connections=list(model.config.connections),
-        scales=dict(model.config.scales),
+        scales={name: model.model.scale_of(name) for name in model.augmenting},
         augmenting_tokens={name: list(r.texts) for name, r in read.items()},
         branches={name: list(r.branches) for name, r in read.items()},
         attention=attention_of(model, observed, read, len(tokens)),

@@ -198,6 +198,8 @@ class Scoped(Generic[T]):
 passes: Scoped[tuple[ForwardPass, ...]] = Scoped(())  # in flight, innermost last
 # Connections that add nothing: the key of their composed model, and their index.
 connections_off: Scoped[frozenset[tuple[str, int]]] = Scoped(frozenset())
+# Scales that replace those of the configuration, by the key of the composed model and a name.
+scales_here: Scoped[Mapping[tuple[str, str], float]] = Scoped({})
 
 
 def find_pass(key: str, running: str) -> ForwardPass | None:

@@ -19,6 +19,7 @@ VERBS = {
     "cache": "compute the frozen models' hidden states once, for training",
     "train": "train the bridges, from a YAML recipe or flags",
     "generate": "continue a prompt with a composed model",
+    "playground": "try a composed model in the browser, beside its parts",
     "verify": "prove on your own models that a composition is exact",
     "evaluate": "run lm-eval on a composed model and each of its parts",
     "inspect": "show layers, connections, parameters and memory",

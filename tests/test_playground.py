@@ -1,0 +1,653 @@
+"""The playground: who writes what, for whom, how it ends, and what the page shows in a browser."""
+
+import copy
+import logging
+import math
+import re
+import shutil
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from families import tiny, tiny_llama
+from graftlm import compose
+from graftlm.cli.playground import free_port
+from graftlm.playground import runs
+from graftlm.playground.runs import Column, Limits, Playground, Request, Run
+from graftlm.playground.sampling import Sampler
+from graftlm.playground.turns import Turns
+from tiny import character_tokenizer, save_pair
+from two_tokenizers import compose_pair, word_tokenizer
+
+CHROMIUM = shutil.which("chromium")
+LIMITS = Limits(max_characters=40, max_new_tokens=3000)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Two models of the same characters, with bridges that do something."""
+    anchor, augmenting = save_pair(tmp_path_factory.mktemp("models"))
+    torch.manual_seed(5)
+    made = compose(anchor, {"code": augmenting}, every=2, bridge_dtype=torch.float32)
+    for name, weight in made.bridges.named_parameters():
+        if name.endswith("cross_o.weight"):
+            nn.init.normal_(weight, std=2.0)
+    return made
+
+
+@pytest.fixture
+def playground(model: Any) -> Iterator[Playground]:
+    made = Playground(model, character_tokenizer(), LIMITS)
+    yield made
+    made.close()
+
+
+def written(run: Run) -> dict[str, str]:
+    """All texts, once they are there."""
+    run.wait()
+    assert [column.error for column in run.columns.values()] == [""] * len(run.columns)
+    return {name: column.text for name, column in run.columns.items()}
+
+
+def greedy(model: Any, tokenizer: Any, prompt: str, count: int) -> str:
+    """What a model writes when it is asked directly."""
+    ids = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    found = model.generate(**ids, max_new_tokens=count, do_sample=False, pad_token_id=0)
+    return tokenizer.decode(found[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def wait_until(is_so: Any) -> None:
+    """Give threads time; a hang fails."""
+    for _ in range(2000):
+        if is_so():
+            return
+        time.sleep(0.01)
+    pytest.fail("waited for 20 seconds")
+
+
+# ---- turns and samples -------------------------------------------------------------------
+
+
+def test_threads_take_turns_in_the_order_in_which_they_came() -> None:
+    turns, log = Turns(), []
+
+    def work(name: str) -> None:
+        with turns:
+            for _ in range(3):
+                log.append(name)
+                turns.pass_on()
+            log.append(name.upper())
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in "abc"]
+    with turns:
+        for count, thread in enumerate(threads, start=2):
+            thread.start()
+            wait_until(lambda count=count: len(turns.queue) == count)
+        assert not log
+    for thread in threads:
+        thread.join()
+    assert "".join(log) == "abcabcabcABC"
+
+
+def test_an_error_ends_a_turn() -> None:
+    turns = Turns()
+    with pytest.raises(KeyError), turns:
+        raise KeyError
+    with turns:
+        assert len(turns.queue) == 1
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "kept"),
+    [(0, 1.0, [0, 1, 2, 3, 4]), (4, 1.0, [0, 1, 2, 4]), (0, 0.9, [1, 2, 4]), (2, 0.9, [1, 4])],
+)
+def test_samples_have_the_distribution_of_the_softmax(
+    top_k: int, top_p: float, kept: list[int]
+) -> None:
+    """At temperature 0.7 the probabilities are 5, 51, 14, 1 and 29 percent."""
+    logits, count = torch.tensor([0.3, 2.0, 1.1, -1.0, 1.6]), 40_000
+    sampler = Sampler(seed=3, temperature=0.7, top_k=top_k, top_p=top_p)
+    noisy = sampler(torch.zeros(count, 1), logits.expand(count, 5))
+    drawn = Counter(noisy.argmax(-1).tolist())
+    weights = {token: math.exp(logits[token] / 0.7) for token in kept}
+    assert set(drawn) == set(kept)
+    for token, weight in weights.items():
+        p = weight / sum(weights.values())
+        assert abs(drawn[token] - count * p) < 4 * math.sqrt(count * p * (1 - p))
+
+
+def test_samples_depend_on_nobody_else() -> None:
+    def draw() -> list[int]:
+        sampler = Sampler(seed=7, temperature=1.0, top_k=0, top_p=1.0)
+        torch.rand(3)  # another visitor's
+        return [int(sampler(torch.zeros(1, 1), torch.zeros(1, 50)).argmax()) for _ in range(20)]
+
+    assert draw() == draw()
+
+
+# ---- one visitor -------------------------------------------------------------------------
+
+
+def test_everyone_writes_what_they_would_alone(playground: Playground, model: Any) -> None:
+    tokenizer = playground.tokenizer
+    run = playground.start("one", Request(prompt="1+2=", max_new_tokens=20, scales={"code": 0.75}))
+    texts = written(run)
+    model.set_scale("code", 0.75)
+    expected = {
+        "anchor": greedy(model.anchor, tokenizer, "1+2=", 20),
+        "code": greedy(model.augmenting["code"], tokenizer, "1+2=", 20),
+        "composed": greedy(model, tokenizer, "1+2=", 20),
+    }
+    model.set_scale("code", 1)
+    assert texts == expected
+    assert len(set(texts.values())) == 3
+    assert all(len(c.seconds) == len(c.ids) > 0 for c in run.columns.values())
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_nothing_read_is_the_anchors_exact_text(playground: Playground, temperature: float) -> None:
+    request = Request(
+        prompt="abc", max_new_tokens=30, scales={"code": 0}, temperature=temperature, seed=4
+    )
+    texts = written(playground.start("one", request))
+    assert texts["composed"] == texts["anchor"] != ""
+
+
+def test_a_seed_says_what_is_sampled(playground: Playground) -> None:
+    def sample(**changes: Any) -> dict[str, str]:
+        settings: dict[str, Any] = {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "seed": 1}
+        request = Request(prompt="abc", max_new_tokens=12, **settings | changes)
+        return written(playground.start("one", request))
+
+    first = sample()
+    assert sample() == first
+    assert sample(seed=2) != first
+    assert sample(temperature=0.0) != first
+
+
+def test_a_chat_is_in_each_models_markup(playground: Playground, model: Any) -> None:
+    texts = written(playground.start("one", Request(prompt="hi", chat=True, max_new_tokens=9)))
+    prompt = "<|user|>hi<|end|><|assistant|>"
+    assert texts["composed"] == greedy(model, playground.tokenizer, prompt, 9)
+    plain = Playground(model, character_tokenizer(chat_template=None), LIMITS)
+    assert not plain.can_chat
+    with pytest.raises(ValueError, match="the anchor's tokenizer has no chat template; choose com"):
+        plain.start("one", Request(prompt="hi", chat=True))
+
+
+def test_a_model_of_other_tokens_reads_the_prompt_in_its_own() -> None:
+    model = compose_pair()
+    playground = Playground(model, model.processor.tokenizer, LIMITS)
+    run = playground.start("one", Request(prompt="The quick brown", max_new_tokens=7))
+    texts = written(run)
+    augmenting = model.augmenting["augmenting"]
+    expected = greedy(augmenting, word_tokenizer(), "The quick brown", 7)
+    assert texts["augmenting"] == expected
+    assert run.columns["augmenting"].prompt_ids == word_tokenizer()("The quick brown")["input_ids"]
+    assert texts["anchor"] == greedy(model.anchor, playground.tokenizer, "The quick brown", 7)
+
+
+def test_half_a_character_is_shown_when_it_is_whole() -> None:
+    model = compose_pair()
+    column = Column(model.processor.tokenizer, Turns(), threading.Event())
+    with column.turns:
+        for token in model.processor.tokenizer("狐")["input_ids"]:
+            assert column.text == ""
+            column.put(torch.tensor([token]))
+    assert column.text == "狐"
+
+
+def test_speed_is_that_of_the_tokens_after_the_first() -> None:
+    column = Column(character_tokenizer(), Turns(), threading.Event())
+    assert math.isnan(column.speed)
+    column.seconds = [4.0]
+    assert math.isnan(column.speed)
+    column.seconds = [4.0, 0.5, 0.25, 0.75]
+    assert column.speed == 2.0
+
+
+# ---- how a run ends ----------------------------------------------------------------------
+
+
+def began(run: Run) -> None:
+    wait_until(lambda: all(len(column.ids) > 2 for column in run.columns.values()))
+
+
+@pytest.mark.parametrize("how", ["stop", "leave", "start", "close", "looks"])
+def test_a_run_ends_when_nobody_reads_it(playground: Playground, how: str) -> None:
+    run = playground.start("one", Request(prompt="a", max_new_tokens=3000))
+    other = playground.start("two", Request(prompt="b", max_new_tokens=3000))
+    looks = run.looks()
+    next(looks)
+    began(run)
+    assert not run.is_over
+    actions = {
+        "stop": lambda: playground.stop("one"),
+        "leave": lambda: playground.leave("one"),
+        "start": lambda: playground.start("one", Request(prompt="c", max_new_tokens=1)),
+        "close": playground.close,
+        "looks": looks.close,
+    }
+    actions[how]()
+    run.wait()
+    assert run.is_over
+    assert all(2 < len(column.ids) < 3000 for column in run.columns.values())
+    assert other.stopping.is_set() == (how == "close")
+    assert list(playground.runs) == {"leave": ["two"], "close": []}.get(how, list(playground.runs))
+
+
+def test_looks_end_with_the_run(playground: Playground) -> None:
+    run = playground.start("one", Request(prompt="a", max_new_tokens=4))
+    for _ in run.looks():
+        pass
+    assert run.is_over
+    assert [len(column.ids) for column in run.columns.values()] == [4, 4, 4]
+
+
+# ---- several visitors --------------------------------------------------------------------
+
+
+def test_visitors_do_not_mix(playground: Playground, model: Any) -> None:
+    """Each has a slider of its own, a prompt and a seed; all write at the same time."""
+    requests = {
+        number: Request(
+            prompt=f"{number}+", max_new_tokens=12, scales={"code": number / 2},
+            temperature=0.8 * (number % 2), seed=number,
+        )
+        for number in range(3)
+    }  # fmt: skip
+    alone = {number: written(playground.start(number, r)) for number, r in requests.items()}
+    together = {number: playground.start(number, r) for number, r in requests.items()}
+    assert {number: written(run) for number, run in together.items()} == alone
+    assert len({texts["composed"] for texts in alone.values()}) == 3
+    assert model.config.scales == {"code": 1.0}
+    assert not model.is_anchor_only
+
+
+# ---- what goes wrong ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"prompt": "x" * 41}, "the prompt has 41 characters, but this page takes up to 40; short"),
+        ({"prompt": " \n"}, "the prompt is empty, so there is nothing to continue; write one"),
+        ({"max_new_tokens": 3001}, "new tokens is 3001, but must be from 1 to 3000 on this page"),
+        ({"max_new_tokens": 0}, "new tokens is 0, but must be from 1 to 3000 on this page"),
+        ({"temperature": -0.5}, "temperature is -0.5, but must be from 0 to 10"),
+        ({"temperature": math.nan}, "temperature is nan, but must be from 0 to 10"),
+        ({"top_p": 0}, "top-p is 0, but must be from 0.01 to 1"),
+        ({"top_k": -1}, "top-k is -1, but must be from 0 to 1000"),
+        ({"seed": -1}, "seed is -1, but must be from 0 to 4294967296"),
+        ({"scales": {"code": 11}}, "scale of code is 11, but must be from -10 to 10"),
+    ],
+)
+def test_requests_that_are_refused(
+    changes: dict[str, Any], words: str, playground: Playground
+) -> None:
+    asked: dict[str, Any] = {"prompt": "1+2="}
+    with pytest.raises(ValueError, match=words):
+        playground.start("one", Request(**asked | changes))
+    assert not playground.runs
+
+
+def test_limits_are_positive() -> None:
+    with pytest.raises(ValueError, match="max_characters is 0, but must be a positive whole numb"):
+        Limits(max_characters=0)
+    with pytest.raises(ValueError, match="max_new_tokens is -3, but must be a positive whole num"):
+        Limits(max_new_tokens=-3)
+
+
+def errors(playground: Playground, **request: Any) -> dict[str, str]:
+    asked: dict[str, Any] = {"prompt": "1+2=", "max_new_tokens": 5}
+    run = playground.start("one", Request(**asked | request))
+    run.wait()
+    return {name: column.error for name, column in run.columns.items()}
+
+
+def test_a_text_longer_than_a_model_has_positions_for() -> None:
+    """An index error from inside an embedding tells nobody anything."""
+    size = len(character_tokenizer())
+    model = compose(
+        tiny_llama(vocab_size=size), tiny("gpt2", vocab_size=size, max_position_embeddings=32)
+    )
+    playground = Playground(model, character_tokenizer(), LIMITS)
+    assert set(errors(playground, max_new_tokens=28).values()) == {""}
+    found = errors(playground, max_new_tokens=29)
+    words = "prompt and new tokens are 33 tokens together, but augmenting has positions for 32; sh"
+    assert found["anchor"] == ""
+    assert found["augmenting"].startswith(words)
+    assert found["composed"].startswith(words)
+
+
+def test_what_a_part_cannot_write_alone(playground: Playground, model: Any) -> None:
+    size = len(character_tokenizer())
+    anchor = tiny_llama(vocab_size=size)
+    small = compose(anchor, tiny("gpt2", vocab_size=20), tokenizer=character_tokenizer(),
+                    augmenting_tokenizers=character_tokenizer())  # fmt: skip
+    found = errors(Playground(small, character_tokenizer(), LIMITS))
+    token = max(character_tokenizer()("1+2=")["input_ids"])
+    words = f"the prompt holds token {token}, but augmenting has tokens 0 to 19 only"
+    assert found == {"anchor": "", "augmenting": words, "composed": ""}
+    headless = compose(copy.deepcopy(anchor), tiny_llama(vocab_size=size).base_model)
+    found = errors(Playground(headless, character_tokenizer(), LIMITS))
+    words = (
+        "augmenting model 'augmenting' was composed without its head, so it writes nothing alone"
+    )
+    assert found == {"anchor": "", "augmenting": words, "composed": ""}
+
+
+def test_an_unexpected_error_is_said_and_logged(
+    playground: Playground, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*args: Any) -> None:
+        raise RuntimeError("our own bug")
+
+    monkeypatch.setattr(playground, "encode", fail)
+    with caplog.at_level(logging.ERROR):
+        found = errors(playground)
+    assert set(found.values()) == {"RuntimeError: our own bug (the terminal shows where)"}
+    assert "the playground's composed failed" in caplog.text
+    with playground.turns:
+        assert len(playground.turns.queue) == 1
+
+
+# ---- attention ---------------------------------------------------------------------------
+
+
+def test_the_last_run_of_a_visitor_is_explained(playground: Playground, model: Any) -> None:
+    scales = {"code": 0.5}
+    run = playground.start("one", Request(prompt="1+2=", max_new_tokens=6, scales=scales))
+    playground.start("two", Request(prompt="xyz", max_new_tokens=3)).wait()
+    text = written(run)["composed"]
+    found = playground.explain("one")
+    assert found.num_prompt == 4
+    assert "".join(found.tokens) == "1+2=" + text
+    assert found.scales == scales
+    with model.scaled(scales):
+        ids = [*run.columns["composed"].prompt_ids, *run.columns["composed"].ids]
+        expected = model.explain(input_ids=ids, num_prompt=4)
+    assert found.to_json() == expected.to_json()
+
+
+def test_attention_that_cannot_be_shown(
+    playground: Playground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match="nothing has been written yet; press Generate first"):
+        playground.explain("one")
+    playground.start("one", Request(prompt="1+2=", max_new_tokens=6)).wait()
+    monkeypatch.setattr(runs, "MAX_WEIGHTS", 399)
+    words = "the text has 10 tokens, whose attention is about 400 numbers, .* up to 399; ask for"
+    with pytest.raises(ValueError, match=words):
+        playground.explain("one")
+
+
+# ---- the page in a browser ---------------------------------------------------------------
+
+in_browser = [
+    pytest.mark.slow,
+    pytest.mark.xdist_group("browser"),
+    # Gradio's own statistics, in its own thread.
+    pytest.mark.filterwarnings("ignore:'future.no_silent_downcasting' is deprecated"),
+    pytest.mark.filterwarnings("ignore:The copy keyword is deprecated"),
+    pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed; run make browser"),
+]
+NO_NETWORK = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+)
+DESKTOP, PHONE = (1440, 900), (390, 844)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=NO_NETWORK.split())
+        yield started
+        started.close()
+
+
+@pytest.fixture(scope="module")
+def served(model: Any) -> Iterator[tuple[Playground, str]]:
+    from graftlm.playground.page import Page
+    from graftlm.playground.serving import serve
+
+    playground = Playground(model, character_tokenizer(), LIMITS)
+    port = free_port("127.0.0.1", range(7960, 8060))
+    with serve(Page(playground, "<b>composed</b>"), "127.0.0.1", port) as address:
+        yield playground, address
+
+
+class Visitor:
+    """Someone who uses the page in a window of their own."""
+
+    def __init__(
+        self, browser: Any, address: str, size: tuple[int, int] = DESKTOP, scheme: str = "light"
+    ):
+        viewport = {"width": size[0], "height": size[1]}
+        self.window = browser.new_context(viewport=viewport, color_scheme=scheme)
+        self.page = self.window.new_page()
+        self.addresses: list[str] = []
+        self.problems: list[str] = []
+        self.page.on("request", lambda request: self.addresses.append(request.url))
+        self.page.on("pageerror", lambda error: self.problems.append(str(error)))
+        self.page.goto(address)
+        self.page.get_by_label("Prompt").wait_for()
+
+    def set(self, label: str, value: float) -> None:
+        """Write a number into a field."""
+        field = self.page.locator(f"input[type=number][aria-label*='{label}']")
+        field.fill(str(value))
+        field.press("Tab")
+
+    def generate(self, prompt: str, new_tokens: int = 40) -> None:
+        if not self.page.get_by_label("number input for New tokens").is_visible():
+            self.page.get_by_role("button", name="Sampling and length").click()
+        self.set("New tokens", new_tokens)
+        self.page.get_by_label("Completion").check()
+        self.page.get_by_label("Prompt").fill(prompt)
+        self.page.get_by_role("button", name="Generate").click()
+
+    def status(self, words: str) -> None:
+        """Wait until the status says so."""
+        self.page.locator("#status", has_text=words).wait_for(timeout=60_000)
+
+    def texts(self) -> dict[str, str]:
+        labels = {"anchor": "anchor alone", "code": "code alone", "composed": "composed: "}
+        fields = {name: self.page.get_by_label(label) for name, label in labels.items()}
+        return {name: field.input_value(timeout=5000) for name, field in fields.items()}
+
+
+def expected(playground: Playground, prompt: str, scale: float, count: int = 40) -> dict[str, str]:
+    request = Request(prompt=prompt, max_new_tokens=count, scales={"code": scale})
+    return written(playground.start("nobody", request))
+
+
+@pytest.fixture
+def visit(browser: Any, served: tuple[Playground, str]) -> Iterator[Any]:
+    visitors: list[Visitor] = []
+
+    def enter(*args: Any) -> Visitor:
+        visitors.append(Visitor(browser, served[1], *args))
+        return visitors[-1]
+
+    yield enter
+    for visitor in visitors:
+        assert visitor.problems == []
+        visitor.window.close()
+
+
+class TestInTheBrowser:
+    pytestmark = in_browser
+
+    def test_three_texts_stream_side_by_side(self, visit: Any, served: Any) -> None:
+        visitor, playground = visit(), served[0]
+        places = [visitor.page.locator(f"#{name}") for name in ("columns", "attention", "composed")]
+        boxes = [place.bounding_box() for place in places]
+        visitor.page.get_by_label("Prompt").fill("1+2=")
+        visitor.page.get_by_label("Completion").check()
+        visitor.page.get_by_label("Prompt").press("Shift+Enter")
+        seen = set()
+        for _ in range(600):
+            seen.add(tuple(map(len, visitor.texts().values())))
+            if visitor.page.locator("#status", has_text="Done.").count():
+                break
+            assert [place.bounding_box() for place in places] == boxes  # nothing jumps
+        visitor.status("Done.")
+        assert visitor.texts() == expected(playground, "1+2=", 1, 64)
+        # Before the first is ready, all three have begun, and are about equally far.
+        ends = [len(text) for text in visitor.texts().values()]
+        between = [
+            lengths
+            for lengths in seen
+            if all(0 < n < end for n, end in zip(lengths, ends, strict=True))
+        ]
+        assert between
+        assert all(max(lengths) - min(lengths) <= 8 for lengths in between)
+        assert [place.bounding_box() for place in places] == boxes
+        for note in visitor.page.locator(".note div[aria-live]").all():
+            assert re.fullmatch(r"64 tokens · first after [\d.]+ s · then .* tokens/s",
+                                note.inner_text())  # fmt: skip
+        assert {a.split("/")[2] for a in visitor.addresses if a.startswith("http")} == {
+            served[1].removeprefix("http://")
+        }
+        assert visitor.page.get_by_role("heading").first.inner_text() == "<b>composed</b>"
+
+    def test_the_slider_at_0_gives_the_anchors_exact_text(self, visit: Any, served: Any) -> None:
+        visitor, playground = visit(), served[0]
+        slider = visitor.page.get_by_label("range slider for Scale of code")
+        slider.focus()
+        slider.press("Home")
+        visitor.generate("abc")
+        visitor.status("Done.")
+        texts = visitor.texts()
+        assert texts == expected(playground, "abc", 0)
+        assert texts["composed"] == texts["anchor"] != expected(playground, "abc", 1)["composed"]
+        visitor.set("Scale of code", 1)
+        visitor.page.get_by_label("Read code").uncheck()
+        visitor.generate("abc")
+        visitor.status("Writing")
+        visitor.status("Done.")
+        assert visitor.texts() == texts
+
+    def test_two_visitors_at_once(self, visit: Any, served: Any) -> None:
+        playground, scales, count = served[0], (0.5, 1.5), 150
+        visitors = [visit(), visit(PHONE)]
+        for visitor, scale in zip(visitors, scales, strict=True):
+            visitor.set("Scale of code", scale)
+        for visitor in visitors:
+            visitor.generate("abc", count)
+        for visitor in visitors:
+            visitor.status("Writing")
+        for visitor in visitors:
+            visitor.status("Done.")
+        found = [visitor.texts() for visitor in visitors]
+        assert found == [expected(playground, "abc", scale, count) for scale in scales]
+        assert found[0]["composed"] != found[1]["composed"]
+        assert found[0]["anchor"] == found[1]["anchor"]
+
+    def test_the_heatmap_opens(self, visit: Any) -> None:
+        visitor = visit()
+        visitor.page.get_by_role("button", name="Attention of the bridges").click()
+        show = visitor.page.get_by_role("button", name="Show the attention of the last run")
+        show.click()
+        alarm = visitor.page.locator("#attention").get_by_role("alert")
+        alarm.wait_for()
+        assert alarm.inner_text() == "Nothing has been written yet; press Generate first."
+        visitor.generate("1+2=</script>{{a}}${b}", 5)
+        visitor.status("Done.")
+        show.click()
+        frame = visitor.page.frame_locator("iframe[title='Attention of the bridges']")
+        frame.get_by_text("22 tokens of a prompt, and 5 the composed model wrote").wait_for()
+        assert frame.get_by_text("code: layer 1").count()
+
+    def test_stop_and_leaving_end_the_writing(self, visit: Any, served: Any) -> None:
+        visitor, playground = visit(), served[0]
+        visitor.generate("abc", 3000)
+        visitor.status("Writing")
+        visitor.page.get_by_role("button", name="Stop").click()
+        visitor.status("Stopped.")
+        assert all(0 < len(text) < 3000 for text in visitor.texts().values())
+        visitor.generate("abc", 3000)
+        visitor.status("Writing")
+        (run,) = [run for run in playground.runs.values() if not run.is_over]
+        visitor.page.close()
+        wait_until(lambda: run.is_over)
+        assert run.stopping.is_set()
+        wait_until(lambda: run not in playground.runs.values())
+
+    def test_errors_are_a_sentence_and_pass(self, visit: Any, served: Any) -> None:
+        visitor = visit()
+        visitor.generate("x" * 41)
+        words = "The prompt has 41 characters, but this page takes up to 40; shorten it."
+        visitor.status(words)
+        assert visitor.page.get_by_role("alert").inner_text() == words
+        visitor.generate(" ")
+        visitor.status("The prompt is empty, so there is nothing to continue; write one.")
+        visitor.page.get_by_label("Seed").fill("")
+        visitor.generate("abc")
+        visitor.status("A setting is empty; write a number into it.")
+        visitor.page.get_by_label("Seed").fill("3")
+        visitor.generate("abc")
+        visitor.status("Done.")
+        assert visitor.texts() == expected(served[0], "abc", 1)
+
+    @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+    @pytest.mark.parametrize("scheme", ["light", "dark"])
+    def test_it_fits_and_can_be_read(
+        self, visit: Any, size: tuple[int, int], scheme: str, tmp_path: Path
+    ) -> None:
+        visitor = visit(size, scheme)
+        visitor.generate("abc", 5)
+        visitor.status("Done.")
+        assert visitor.page.evaluate("document.documentElement.scrollWidth") == size[0]
+        for place in ("#about p", "#status div", ".note div", "#scale-code", "#generate"):
+            assert contrast(visitor.page, place) >= 4.5, place
+        is_dark = luminance(visitor.page.evaluate(BACKGROUND, "#status")) < 0.5
+        assert is_dark == (scheme == "dark")
+
+    def test_no_chat_without_a_template(self, browser: Any, model: Any) -> None:
+        from graftlm.playground.page import Page
+        from graftlm.playground.serving import serve
+
+        playground = Playground(model, character_tokenizer(chat_template=None), LIMITS)
+        port = free_port("127.0.0.1", range(7960, 8060))
+        with serve(Page(playground, "composed"), "127.0.0.1", port) as address:
+            visitor = Visitor(browser, address)
+            assert visitor.page.get_by_label("Chat").is_disabled()
+            assert visitor.page.get_by_label("Completion").is_checked()
+            told = "No chat: the anchor's tokenizer has no chat template."
+            assert visitor.page.get_by_text(told).is_visible()
+            visitor.window.close()
+
+
+COLOR = "place => getComputedStyle(document.querySelector(place)).color"
+BACKGROUND = """place => {
+    for (let e = document.querySelector(place); e; e = e.parentElement) {
+        const color = getComputedStyle(e).backgroundColor;
+        if (color !== "rgba(0, 0, 0, 0)" && color !== "transparent") return color;
+    }
+    return "rgb(255, 255, 255)";
+}"""
+
+
+def luminance(color: str) -> float:
+    """Relative luminance, as WCAG 2 defines it."""
+    channels = [int(float(value)) / 255 for value in re.findall(r"[\d.]+", color)[:3]]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(page: Any, place: str) -> float:
+    """Between a text and what is behind it, 1 to 21."""
+    both = [luminance(page.evaluate(script, place)) for script in (COLOR, BACKGROUND)]
+    return (max(both) + 0.05) / (min(both) + 0.05)
