@@ -519,6 +519,7 @@ def test_launched_by_accelerate_and_by_torchrun(
     whole = weights(values["output_dir"])
     values["output_dir"] = str(tmp_path / "launched")
     values["training"]["per_device_train_batch_size"] = 6 // num_processes
+    values["probe"] = ["1+2="]
     recipe = write_recipe(tmp_path / "r.yaml", values)
     launchers = {
         1: "accelerate.commands.launch --cpu --num_processes=1 --num_machines=1 "
@@ -530,5 +531,6 @@ def test_launched_by_accelerate_and_by_torchrun(
     text = output_of(process)
     assert process.returncode == 0, text
     assert text.count("saved in ") == 1, text
+    assert text.count("step 3/3  probe '1+2='") == 1, text
     for name, tensor in weights(tmp_path / "launched").items():
         torch.testing.assert_close(tensor, whole[name], atol=1e-5, rtol=1e-5, msg=name)

@@ -108,11 +108,11 @@ class Training:
             processing_class=self.tokenizer,
             callbacks=[interruption],
         )
-        if trainer.is_world_process_zero():
-            self.record({"state": "started"})
         with watched(
             trainer, self.tokenizer, self.recipe, console or Console(quiet=True)
         ) as probes:
+            if trainer.is_world_process_zero():
+                self.record({"state": "started"})
             with interruption.caught():
                 trainer.train(resume_from_checkpoint=self.checkpoint)
             step = trainer.state.global_step
