@@ -590,6 +590,7 @@ def test_train_by_flags(models: tuple[str, str], data: str, tmp_path: Path, outp
         *("train", "--anchor", models[0], "--augmenting", models[1], "--data", data),
         *("--output", folder, "--eval-fraction", "0.25", "--max-length", "40", "--seed", "3"),
         *("--no-completions-only", "--tokenizer", models[0], "--learning_rate=0.01", *QUICK),
+        *("--probe", "1+1=", "--probe", "2+3=", "--probe-tokens", "4", "--report_to", "none"),
     )
     assert "W^O, all bridges" in shown
     assert "Memory for training, estimated" in shown
@@ -599,14 +600,17 @@ def test_train_by_flags(models: tuple[str, str], data: str, tmp_path: Path, outp
     )
     assert "; 3 to evaluate" in shown
     assert "step 2/2  loss" in shown
+    assert shown.count("step 2/2  probe '1+1='\n  | ") == 1
     assert "2 steps done: " in shown
     assert shown.endswith(f"saved in {folder}\n")
     recipe = Recipe.from_mapping(json.loads(Path(folder, "training.json").read_text())["recipe"])
     assert (recipe.completions_only, recipe.tokenizer, recipe.seed) == (False, models[0], 3)
+    assert (recipe.probe, recipe.probe_tokens) == (("1+1=", "2+3="), 4)
     assert recipe.training == {
         "learning_rate": 0.01,
         "max_steps": 2,
         "per_device_train_batch_size": 4,
+        "report_to": "none",
         "save_strategy": "no",
     }
 

@@ -102,6 +102,14 @@ def logged(folder: Path, key: str) -> list[float]:
     return [entry[key] for entry in history if key in entry]
 
 
+def tokens_an_example(folder: Path) -> list[float]:
+    """Which speeds do not tell, but both count."""
+    speeds = zip(
+        logged(folder, "tokens_per_second"), logged(folder, "examples_per_second"), strict=True
+    )
+    return [tokens / examples for tokens, examples in speeds]
+
+
 def assert_close(one: Path, other: Path) -> None:
     """Equal but for the order of additions: losses of 4.6 to 1e-6, bridges to 2e-5.
 
@@ -120,6 +128,9 @@ def assert_close(one: Path, other: Path) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_processes_train_as_one(run: Run, layout: str) -> None:
     assert_close(run(layout), run("single"))
+    counted = tokens_an_example(run("single"))
+    assert len(set(counted)) > 2
+    assert tokens_an_example(run(layout)) == pytest.approx(counted)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

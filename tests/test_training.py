@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -68,6 +69,7 @@ def test_a_recipe_survives_json_and_yaml(tmp_path: Path) -> None:
             ],
             "eval_fraction": 0.2,
             "gate": True,
+            "probe": ["one", "two"],
             "training": {"learning_rate": 0.5},
         }
     )
@@ -166,7 +168,6 @@ def test_connections_are_read_from_short_forms() -> None:
 def test_training_arguments_go_over_our_defaults() -> None:
     arguments = training_arguments(Recipe.from_mapping(NEEDED | {"seed": 7}))
     assert (arguments.learning_rate, arguments.seed, arguments.output_dir) == (3e-4, 7, "out")
-    assert arguments.report_to == []
     assert (arguments.bf16, arguments.ddp_find_unused_parameters) == (False, False)
     assert arguments.eval_strategy == "no"
     changes = {
@@ -404,13 +405,15 @@ def test_progress_in_a_terminal_and_in_a_file(values: dict[str, Any], tmp_path: 
     prepare(Recipe.from_mapping(values | {"eval_fraction": 0.2})).run(console)
     shown = console.export_text()
     assert "12/12" in shown
-    assert "eval loss" in shown
+    for word in ("eval loss", "examples/s", "tokens/s", "memory"):
+        assert word in shown
     values["output_dir"] = str(tmp_path / "second")
     console = Console(width=120, record=True, file=io.StringIO())
     prepare(Recipe.from_mapping(values)).run(console)
     lines = [line for line in console.export_text().splitlines() if line]
     assert len(lines) == 12
-    assert lines[-1].startswith("step 12/12  loss ")
+    line = r"step 12/12  loss [\d.]+  lr [\d.e-]+  [\d.,]+ examples/s  [\d,]+ tokens/s  memory "
+    assert re.fullmatch(line + r"[\d.]+ [MG]B  left 0:00:00", lines[-1])
 
 
 def test_signals_are_left_alone_outside_the_main_thread() -> None:
@@ -516,6 +519,7 @@ def test_launched_by_accelerate_and_by_torchrun(
     whole = weights(values["output_dir"])
     values["output_dir"] = str(tmp_path / "launched")
     values["training"]["per_device_train_batch_size"] = 6 // num_processes
+    values["probe"] = ["1+2="]
     recipe = write_recipe(tmp_path / "r.yaml", values)
     launchers = {
         1: "accelerate.commands.launch --cpu --num_processes=1 --num_machines=1 "
@@ -527,5 +531,6 @@ def test_launched_by_accelerate_and_by_torchrun(
     text = output_of(process)
     assert process.returncode == 0, text
     assert text.count("saved in ") == 1, text
+    assert text.count("step 3/3  probe '1+2='") == 1, text
     for name, tensor in weights(tmp_path / "launched").items():
         torch.testing.assert_close(tensor, whole[name], atol=1e-5, rtol=1e-5, msg=name)

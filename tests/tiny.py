@@ -94,5 +94,5 @@ def quick_recipe(models: tuple[str, str], folder: Path, **training: Any) -> dict
         "data": write_lines(folder / "data.jsonl", *sums(20)),
         "output_dir": str(folder / "out"),
         "every": 2,
-        "training": steps | {"learning_rate": 0.01} | training,
+        "training": steps | {"learning_rate": 0.01, "report_to": "none"} | training,
     }

@@ -101,6 +101,20 @@ def load_examples(
     return collect(tokenised(rows, tokenizer, completions_only), source, max_length)
 
 
+def contexts(configs: Mapping[str, Any]) -> dict[str, int]:
+    """How many tokens each model can read, if that is limited; by its name in messages.
+
+    Args:
+        configs: Of "anchor" and the augmenting models.
+    """
+    found = {}
+    for name, config in configs.items():
+        size = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+        if isinstance(size, int) and size > 0:
+            found["the anchor" if name == "anchor" else f"augmenting model {name!r}"] = size
+    return found
+
+
 def fitting_length(configs: Mapping[str, Any], max_length: int | None) -> int:
     """Tokens an example may have.
 
@@ -111,16 +125,11 @@ def fitting_length(configs: Mapping[str, Any], max_length: int | None) -> int:
     Raises:
         ValueError: If it is beyond the context of one of the models.
     """
-    contexts = {
-        name: getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-        for name, config in configs.items()
-    }
-    limits = {name: size for name, size in contexts.items() if isinstance(size, int) and size > 0}
+    limits = contexts(configs)
     if max_length is None:
         return min((LONGEST_BY_DEFAULT, *limits.values()))
-    for name, size in limits.items():
+    for model, size in limits.items():
         if max_length > size:
-            model = "the anchor" if name == "anchor" else f"augmenting model {name!r}"
             raise ValueError(
                 f"max_length is {max_length}, but the context of {model} is {size} tokens"
             )

@@ -1,8 +1,11 @@
 """What a training run shows of itself: a bar with the time left, or plain lines in a log file."""
 
+import time
+from collections.abc import Callable, Iterable
+from datetime import timedelta
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -12,11 +15,35 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from graftlm.sizes import readable_bytes
+
+# What is shown of a log, in this order.
+SHOWN: dict[str, Callable[[float], str]] = {
+    "loss": lambda value: f"loss {value:.4g}",
+    "eval_loss": lambda value: f"eval loss {value:.4g}",
+    "learning_rate": lambda value: f"lr {value:.3g}",
+    "examples_per_second": lambda value: f"{value:,.1f} examples/s",
+    "tokens_per_second": lambda value: f"{value:,.0f} tokens/s",
+    "memory_bytes": lambda value: f"memory {readable_bytes(value)}",
+}
+
+
+class Bars(Progress):
+    """Bars, and a line of facts below them."""
+
+    facts = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """All that is drawn."""
+        yield from super().get_renderables()
+        yield Text(self.facts)
 
 
 class ProgressDisplay(TrainerCallback):
-    """Shows the step, the losses and the time left; one line a log where there is no terminal.
+    """Shows step, losses, speed, memory and time left; one line a log where there is no terminal.
 
     Args:
         console: Where to; only the first process of a run writes.
@@ -24,29 +51,30 @@ class ProgressDisplay(TrainerCallback):
 
     def __init__(self, console: Console):
         self.console = console
-        self.progress: Progress | None = None
+        self.progress: Bars | None = None
         self.task = TaskID(0)
         self.evaluation: TaskID | None = None
         self.latest: dict[str, str] = {}
+        self.started_s, self.first_step = 0.0, 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Open the bar, at the step a resumed run continues from."""
+        self.started_s, self.first_step = time.monotonic(), state.global_step
         if not state.is_world_process_zero or not self.console.is_terminal:
             return
-        self.progress = Progress(
+        self.progress = Bars(
             TextColumn("{task.description:<10}"),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[losses]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
             console=self.console,
         )
         self.task = self.progress.add_task(
-            "training", total=state.max_steps, completed=state.global_step, losses=""
+            "training", total=state.max_steps, completed=state.global_step
         )
         self.progress.start()
 
@@ -69,9 +97,7 @@ class ProgressDisplay(TrainerCallback):
         if not self.progress or eval_dataloader is None:
             return
         if self.evaluation is None:
-            self.evaluation = self.progress.add_task(
-                "evaluating", total=len(eval_dataloader), losses=""
-            )
+            self.evaluation = self.progress.add_task("evaluating", total=len(eval_dataloader))
         self.progress.advance(self.evaluation)
 
     def on_evaluate(
@@ -90,19 +116,27 @@ class ProgressDisplay(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Show the newest losses."""
+        """Show the newest losses, the speed and the memory."""
         if not state.is_world_process_zero:
             return
-        known = {"loss": "loss", "eval_loss": "eval loss", "learning_rate": "lr"}
-        new = {known[k]: f"{v:.4g}" for k, v in (logs or {}).items() if k in known}
+        logs = logs or {}
+        new = {name: words(logs[name]) for name, words in SHOWN.items() if name in logs}
         if not new:
             return
         self.latest |= new
         if self.progress:
-            shown = {k: v for k, v in self.latest.items() if k != "lr"}
-            self.progress.update(self.task, losses=in_words(shown))
+            shown = [self.latest[name] for name in SHOWN if name in self.latest]
+            self.progress.facts = "  ".join(shown)
         else:
-            self.console.print(f"step {state.global_step}/{state.max_steps}  {in_words(new)}")
+            left = "" if "eval_loss" in new else f"  left {self.time_left(state)}"
+            facts = "  ".join(new.values())
+            self.console.print(f"step {state.global_step}/{state.max_steps}  {facts}{left}")
+
+    def time_left(self, state: TrainerState) -> timedelta:
+        """If all goes on as it went since this process began, evaluations included."""
+        done = state.global_step - self.first_step
+        seconds = (time.monotonic() - self.started_s) / done * (state.max_steps - state.global_step)
+        return timedelta(seconds=round(seconds))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -119,8 +153,3 @@ class ProgressDisplay(TrainerCallback):
 
     def __enter__(self) -> "ProgressDisplay":
         return self
-
-
-def in_words(values: dict[str, str]) -> str:
-    """Names and values in one line."""
-    return "  ".join(f"{name} {value}" for name, value in values.items())

@@ -65,6 +65,8 @@ class Recipe:
         states_cache: Folder for the hidden states of the frozen models: they are computed once,
             and training reads them from there.
         states_dtype: Their precision there; "auto" is that of the models.
+        probe: One or several prompts that the composed model continues at each evaluation.
+        probe_tokens: How many tokens it writes at most.
         training: Fields of `transformers.TrainingArguments`, over `graftlm.training.DEFAULTS`.
     """
 
@@ -96,11 +98,14 @@ class Recipe:
     tokenizer: str | None = None
     states_cache: str | None = None
     states_dtype: str = "auto"
+    probe: tuple[str, ...] | None = None
+    probe_tokens: int = 64
     training: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
-        for name in (f.name for f in fields(self) if f.name not in ("connections", "training")):
+        checked_below = ("connections", "probe", "training")
+        for name in (f.name for f in fields(self) if f.name not in checked_below):
             check_type(name, getattr(self, name), hints[name])
         for name in ("output_dir", "data", "eval_data", "states_cache"):
             if (path := getattr(self, name)) is not None:  # the dataclass is frozen
@@ -108,6 +113,8 @@ class Recipe:
         if self.connections is not None:
             parsed = tuple(parse_connection(entry) for entry in as_list(self.connections))
             object.__setattr__(self, "connections", parsed)
+        if self.probe is not None:
+            object.__setattr__(self, "probe", as_prompts(self.probe))
         check_choice("variant", self.variant, VARIANTS)
         check_choice("reads", self.reads, get_args(Reads))
         check_choice("alignment", self.alignment, ("auto", *get_args(AlignmentRule)))
@@ -119,6 +126,8 @@ class Recipe:
             raise ValueError(f"max_length is {self.max_length}, but must be at least 2 tokens")
         if self.eval_fraction is not None and not 0 < self.eval_fraction < 1:
             raise ValueError(f"eval_fraction is {self.eval_fraction}, but must be between 0 and 1")
+        if self.probe_tokens < 1:
+            raise ValueError(f"probe_tokens is {self.probe_tokens}, but must be at least 1 token")
         self.check_bridges()
         quantization_for(self.quantize, ["anchor", *self.models])
         self.check_training()
@@ -310,6 +319,18 @@ def as_list(value: Any) -> list[Any]:
     if not isinstance(value, (list, tuple)):
         raise ValueError(f"connections is {value!r}, but must be a list such as ['3-5', '7-11']")
     return list(value)
+
+
+def as_prompts(value: Any) -> tuple[str, ...]:
+    """One prompt or several, as several.
+
+    Raises:
+        ValueError: If one is empty, or no text.
+    """
+    prompts = (value,) if isinstance(value, str) else value
+    if isinstance(prompts, (list, tuple)) and all(isinstance(p, str) and p for p in prompts):
+        return tuple(prompts)
+    raise ValueError(f"probe is {value!r}, but must be a text to continue, or a list of such texts")
 
 
 def nearest(name: str, known: set[str]) -> str:

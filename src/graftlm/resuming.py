@@ -18,6 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from graftlm.recipe import Recipe
 
 RECORD = "training.json"
+WITHOUT_EFFECT = {"probe", "probe_tokens"}  # on what is trained
 
 
 def starting_point(recipe: Recipe, *, resume: bool) -> str | None:
@@ -84,7 +85,8 @@ def warn_if_changed(recipe: Recipe) -> None:
     except (OSError, ValueError):
         return
     now, before = json.loads(json.dumps(recipe.to_json(), default=str)), record["recipe"]
-    changed = [name for name in sorted(now.keys() | before) if now.get(name) != before.get(name)]
+    names = sorted((now.keys() | before) - WITHOUT_EFFECT)
+    changed = [name for name in names if now.get(name) != before.get(name)]
     if changed:
         warnings.warn(
             f"the recipe differs in {', '.join(changed)} from the one this run was started with, "

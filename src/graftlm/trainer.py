@@ -3,9 +3,12 @@
 What is frozen may be spread over processes (FSDP2, DeepSpeed ZeRO-3). A checkpoint holds the
 bridges as `save_pretrained` writes them and their optimizer's state, both whole, so that a run can
 go on with another layout than it was saved with.
+
+Each log of a loss says how fast training went since the last one, and what memory it takes.
 """
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from transformers import Trainer
 from graftlm import optimizer_state
 from graftlm.causal_lm import ComposedForCausalLM
 from graftlm.checkpoint import PREFIX, bridge_weights, check_names, read_config, read_weights
+from graftlm.meter import Meter
 from graftlm.sharding import set_weight, whole_weight
 
 SCHEDULER = "scheduler.pt"
@@ -45,6 +49,7 @@ class ComposedTrainer(Trainer):
         if self.is_deepspeed_enabled or self.is_world_process_zero():
             self.composed.take_fingerprints()
         self.composed.config.bases = broadcast_object_list([self.composed.config.bases])[0]
+        self.meter = Meter(self.accelerator)
 
     @property
     def composed(self) -> ComposedForCausalLM:
@@ -55,6 +60,30 @@ class ComposedTrainer(Trainer):
     def named_weights(self) -> dict[str, Tensor]:
         """The bridges' parameters by the names they have in files."""
         return bridge_weights(dict(self.composed.bridges.named_parameters(PREFIX[:-1])))
+
+    # ---- measuring -----------------------------------------------------------------------
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """As in `Trainer`, and counted."""
+        self.meter.count(inputs)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, and beside a training loss how fast training is and what memory it takes."""
+        if start_time is not None:  # the logs of the training loop, in every process
+            logs = logs | self.meter.read()
+        super().log(logs, start_time)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        control = self.control
+        is_due = control.should_log or control.should_evaluate or control.should_save
+        with self.meter.paused() if is_due else nullcontext():
+            super()._maybe_log_save_evaluate(*args, **kwargs)
 
     # ---- saving --------------------------------------------------------------------------
 
@@ -95,6 +124,7 @@ class ComposedTrainer(Trainer):
     ) -> Any:
         # Without the checkpoint, for which Trainer knows one format a layout.
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self.meter = Meter(self.accelerator)
         if resume_from_checkpoint is not None:
             self._load_from_checkpoint(resume_from_checkpoint)
             self._load_optimizer_and_scheduler(resume_from_checkpoint)

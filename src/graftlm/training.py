@@ -20,8 +20,6 @@ from transformers import (
     AutoConfig,
     AutoTokenizer,
     PreTrainedTokenizerBase,
-    PrinterCallback,
-    ProgressCallback,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -32,13 +30,13 @@ from graftlm._version import __version__
 from graftlm.caching import cache_states, is_whole
 from graftlm.causal_lm import ComposedForCausalLM
 from graftlm.config import ComposedConfig, spaced_connections
-from graftlm.data import Examples, fitting_length, load_examples
+from graftlm.data import Examples, contexts, fitting_length, load_examples
 from graftlm.loading import compose
 from graftlm.processor import ComposedDataCollator, ComposedProcessor
-from graftlm.progress import ProgressDisplay
 from graftlm.recipe import Recipe
 from graftlm.resuming import RECORD, Interruption, starting_point
 from graftlm.trainer import ComposedTrainer
+from graftlm.watching import reports_to, watched
 
 # What suits freshly opened bridges; a recipe's `training` goes over it. Fractions are of all steps.
 DEFAULTS: dict[str, Any] = {
@@ -49,7 +47,6 @@ DEFAULTS: dict[str, Any] = {
     "logging_first_step": True,
     "save_steps": 0.1,
     "save_total_limit": 2,
-    "report_to": "none",
     "remove_unused_columns": False,
     "prediction_loss_only": True,
     "ddp_find_unused_parameters": False,
@@ -110,19 +107,19 @@ class Training:
             processing_class=self.tokenizer,
             callbacks=[interruption],
         )
-        for callback in (ProgressCallback, PrinterCallback):
-            trainer.remove_callback(callback)
-        display = ProgressDisplay(console or Console(quiet=True))
-        trainer.add_callback(display)
-        if trainer.is_world_process_zero():
-            self.record({"state": "started"})
-        with display, interruption.caught():
-            trainer.train(resume_from_checkpoint=self.checkpoint)
-        step = trainer.state.global_step
-        if interruption.signal is not None:
-            folder = str(Path(self.recipe.output_dir, f"checkpoint-{step}"))
-            return Outcome(folder=folder, step=step, metrics={}, stopped_by=interruption.signal)
-        metrics = self.final_metrics(trainer)
+        with watched(
+            trainer, self.tokenizer, self.recipe, console or Console(quiet=True)
+        ) as probes:
+            if trainer.is_world_process_zero():
+                self.record({"state": "started"})
+            with interruption.caught():
+                trainer.train(resume_from_checkpoint=self.checkpoint)
+            step = trainer.state.global_step
+            if interruption.signal is not None:
+                folder = str(Path(self.recipe.output_dir, f"checkpoint-{step}"))
+                return Outcome(folder=folder, step=step, metrics={}, stopped_by=interruption.signal)
+            metrics = self.final_metrics(trainer)
+            probes.take_last(trainer.state)
         trainer.save_model()
         trainer.save_state()
         # Trainer leaves its arguments as a pickle; what we hand over holds none.
@@ -237,6 +234,7 @@ def load(recipe: Recipe, arguments: TrainingArguments, checkpoint: str | None = 
         trust_remote_code=recipe.trust_remote_code,
     )
     max_length = fitting_length(base_configs(recipe), recipe.max_length)
+    check_probes(recipe, tokenizer)
     options = {"max_length": max_length, "completions_only": recipe.completions_only}
     with arguments.main_process_first(desc="reading data"):
         examples = load_examples(recipe.data, tokenizer, **options)
@@ -271,6 +269,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         values["bf16"] = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     values["dataloader_pin_memory"] = torch.cuda.is_available()
     values |= recipe.training
+    values["report_to"] = reports_to(recipe)
     for name in ("do_train", "do_eval", "do_predict"):
         if name in recipe.training:
             warnings.warn(f"training.{name} has no effect: train always trains", stacklevel=2)
@@ -302,3 +301,21 @@ def check_layers(recipe: Recipe) -> None:
         )
     ]
     ComposedConfig(anchor_config=anchor, augmenting_configs=configs, connections=connections)
+
+
+def check_probes(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse prompts that would stop the run when they are first continued.
+
+    Raises:
+        ValueError: If one is too long with what is written after it, or has no tokens.
+    """
+    for prompt in recipe.probe or ():
+        num_tokens = len(tokenizer(prompt, verbose=False)["input_ids"])
+        if num_tokens == 0:
+            raise ValueError(f"probe {prompt!r} has no tokens, so there is nothing to continue")
+        for model, size in contexts(base_configs(recipe)).items():
+            if num_tokens + recipe.probe_tokens > size:
+                raise ValueError(
+                    f"probe {prompt!r} has {num_tokens} tokens and probe_tokens is "
+                    f"{recipe.probe_tokens}, but the context of {model} is {size} tokens"
+                )

@@ -19,6 +19,8 @@ RECIPE_FLAGS = (
     *options.BRIDGE_OPTIONS,
     "states_cache",
     "states_dtype",
+    "probe",
+    "probe_tokens",
 )
 
 
@@ -76,6 +78,15 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         help="for all that is saved",
     )
     group.add_argument("--seed", type=int, metavar="N", help="of bridges and data (default: 42)")
+    group.add_argument(
+        "--probe",
+        action="append",
+        metavar="PROMPT",
+        help="let the composed model continue this at each evaluation; may be repeated",
+    )
+    group.add_argument(
+        "--probe-tokens", type=int, metavar="N", help="tokens it writes at most (default: 64)"
+    )
     options.add_bridges(parser)
     options.add_loading(parser)
 
