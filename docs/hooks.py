@@ -9,7 +9,13 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
-COPIES = ("CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "examples/train.yaml", "examples/data.jsonl")
+COPIES = (
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "LICENSE",
+    "examples/train.yaml",
+    "examples/data.jsonl",
+)
 
 
 def on_files(files: Files, config: Any) -> Files:
