@@ -2,6 +2,7 @@
 # make test    the fast tests                                  make check    format, lint, types
 # make test-slow   the rest                                    make test-oldest   oldest versions
 # make bench   measure time and memory against floor and LoRA (QUICK=1: 3 minutes)
+# make docs    build site/ from docs/, warnings are errors       make notebooks  run them in full
 # make models  fetch small pretrained models (CODER=1: a code model too), for examples and tests
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ BIN := .venv/bin
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo bench models test test-slow test-oldest check fix lock clean
+.PHONY: demo bench models docs notebooks test test-slow test-oldest check fix lock clean
 
 demo: $(BIN)/.installed
 	$(BIN)/graftlm reproduce kv-arithmetic
@@ -20,6 +21,13 @@ bench: $(BIN)/.installed
 
 models: $(BIN)/.installed
 	$(BIN)/python -m graftlm.reproduce.real_models $(if $(CODER),--coder)
+
+# The variable silences a notice of mkdocs-material about its own future.
+docs: $(BIN)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+notebooks: $(BIN)/.installed
+	$(BIN)/python notebooks/execute.py
 
 test: $(BIN)/.installed
 	$(TEST_ENV) $(BIN)/pytest -n auto --maxprocesses 8

@@ -142,6 +142,14 @@ def test_a_page_runs(page, workplace, capfd, monkeypatch):
     check_seen(page, capfd.readouterr().out)
 
 
+def test_the_quickstart_shows_the_data_it_makes(workplace):
+    page = blocks("docs/quickstart.md")
+    (script,) = (block for block in page if block.title == "prepare.py")
+    (shown,) = (block for block in page if block.language == "json")
+    exec(compile(script.text, script.place, "exec"), {})
+    assert Path("data.jsonl").read_text().startswith(shown.text)
+
+
 def test_pages_that_show_what_to_expect_exist():
     assert set(SEEN) | set(QUICK) <= set(PAGES)
 
