@@ -1,11 +1,11 @@
 """The notebooks run, on a small preset, and hold nothing of the machine they were made on."""
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import pytest
 
 from graftlm.reproduce.real_models import find_model
@@ -41,8 +41,8 @@ def test_a_notebook_runs(name, models, tmp_path):
         for output in cell.get("outputs", ())
         if "image/png" in output.get("data", {})
     ]
-    committed = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
-    assert len(pictures) == str(committed).count("plt.show()") > 0
+    source = (FOLDER / f"{name}.ipynb").read_text(encoding="utf-8")
+    assert len(pictures) == source.count("plt.show()") > 0
 
 
 def test_all_notebooks_are_tested():
@@ -52,7 +52,8 @@ def test_all_notebooks_are_tested():
 @pytest.mark.parametrize("name", NEEDED)
 def test_committed_outputs_are_whole_and_tell_nothing_of_a_machine(name):
     text = (FOLDER / f"{name}.ipynb").read_text(encoding="utf-8")
-    assert not re.search(r"/(home|root|tmp|work|usr)/|stderr|execution|Traceback", text)
-    cells = [cell for cell in nbformat.reads(text, as_version=4).cells if cell.cell_type == "code"]
-    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
-    assert any("image/png" in output.get("data", {}) for cell in cells for output in cell.outputs)
+    assert not re.search(r"/(home|root|tmp|work|usr)/|stderr|iopub|Traceback", text)
+    cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
