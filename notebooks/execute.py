@@ -5,7 +5,7 @@ What libraries say on stderr is left out: it speaks of the machine, not of the s
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,19 @@ def execute(path: Path, workplace: Path, **environment: str) -> Any:
     client.execute(env={**os.environ, **environment})
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if not is_noise(output)]
+            cell.outputs = joined(output for output in cell.outputs if not is_noise(output))
     return notebook
+
+
+def joined(outputs: Iterable[Any]) -> list[Any]:
+    """Outputs in which what was printed in several goes is one."""
+    found: list[Any] = []
+    for output in outputs:
+        if found and output.output_type == found[-1].output_type == "stream":
+            found[-1].text += output.text
+        else:
+            found.append(output)
+    return found
 
 
 def is_noise(output: Mapping[str, Any]) -> bool:
