@@ -2,7 +2,8 @@
 # make test    the fast tests                                  make check    format, lint, types
 # make test-slow   the rest                                    make test-oldest   oldest versions
 # make bench   measure time and memory against floor and LoRA (QUICK=1: 3 minutes)
-# make browser install Chromium, in which make test-slow tries the playground
+# make browser   install Chromium, in which make test-slow tries the playground
+# make docs    build site/ from docs/, warnings are errors       make notebooks  run them in full
 # make models  fetch small pretrained models (CODER=1: a code model too), for examples and tests
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ BIN := .venv/bin
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo bench models browser test test-slow test-oldest check fix lock clean
+.PHONY: demo bench models browser docs notebooks test test-slow test-oldest check fix lock clean
 
 demo: $(BIN)/.installed
 	$(BIN)/graftlm reproduce kv-arithmetic --systems augmenting anchor composed wrong-test
@@ -24,6 +25,13 @@ models: $(BIN)/.installed
 
 browser:
 	command -v chromium || { apt-get update && apt-get install -y --no-install-recommends chromium; }
+
+# The variable silences a notice of mkdocs-material about its own future.
+docs: $(BIN)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+notebooks: $(BIN)/.installed
+	$(BIN)/python notebooks/execute.py
 
 test: $(BIN)/.installed
 	$(TEST_ENV) $(BIN)/pytest -n auto --maxprocesses 8

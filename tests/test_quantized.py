@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import logging
-import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -369,13 +368,3 @@ def test_a_recipe_quantizes(tmp_path):
     assert training.run().step == 2
     with pytest.warns(UserWarning, match="trained on torchao Int8WeightOnlyConfig weights"):
         ComposedForCausalLM.from_pretrained(tmp_path / "out")
-
-
-def test_the_guide_runs(tmp_path, monkeypatch):
-    tiny("llama", 1, **ANCHOR).save_pretrained(tmp_path / "anchor")
-    tiny("qwen3", 2, **CODE).save_pretrained(tmp_path / "specialist")
-    monkeypatch.chdir(tmp_path)
-    page = (Path(__file__).parents[1] / "docs" / "quantized.md").read_text()
-    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
-    with pytest.warns(UserWarning, match="trained on bitsandbytes nf4 weights"):
-        exec(compile(block, "docs/quantized.md", "exec"), {})

@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import json
 import os
-import re
 import resource
 import shutil
 import subprocess
@@ -19,9 +18,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
 
-import graftlm
 from families import FAMILIES, REPRESENTATIVE, open_bridges, tiny, tiny_llama, token_ids
 from graftlm import (
     ComposedDataCollator,
@@ -615,19 +612,3 @@ def test_processes_share_the_work(models: tuple[str, str], tmp_path: Path) -> No
         for name, tensor in alone[index].items():
             assert torch.equal(shared[index][name], tensor)
     assert dataclasses.replace(alone.layout, part_size=1) == shared.layout
-
-
-def test_the_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    page = Path(__file__).parents[1].joinpath("docs", "training.md").read_text()
-    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
-    model = compose(tiny("llama"), tiny_llama(), every=2)
-    model.set_tokenizers(byte_tokenizer(), {})
-    arguments = TrainingArguments(
-        "out", max_steps=2, report_to="none", remove_unused_columns=False, use_cpu=True
-    )
-    names: dict[str, Any] = {"model": model, "examples": examples(), "graftlm": graftlm}
-    names["Trainer"] = functools.partial(Trainer, args=arguments)
-    exec(compile(block, "docs/training.md", "exec"), names)
-    names["trainer"].train()
-    assert len(names["trainer"].state.log_history) > 0
