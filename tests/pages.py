@@ -45,6 +45,7 @@ OTHERS = ("specialist", "SPECIALIST", "AUGMENTING", "SMALL", "my/specialist", "c
 NOT_RUN = {
     r"make |python -m benchmarks|.*\breproduce\b": "hours, or run by tests of their own",
     r"pip |python3.11 -m venv|peers/": "they install",
+    r"tensorboard |graftlm playground": "servers: tests/test_watching.py, tests/test_playground.py",
     r"accelerate ": "several processes: tests/test_distributed.py",
     r"lm_eval |.*gsm8k": "data of the hub; lm-eval is run by tests/test_harness.py",
     r".*\.gguf": "real models: tests/test_real_models.py",
@@ -142,6 +143,8 @@ def understand(words: list[str]) -> None:
             project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
             assert extra, name
             assert extra[1] in project["optional-dependencies"], name
+        case ["tensorboard", "--logdir", _]:
+            pass
         case ["python3.11", "-m", "venv", "peers"] | ["peers/bin/pip", "install", *_]:
             pass
         case _:
