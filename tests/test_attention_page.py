@@ -103,7 +103,8 @@ def opened(browser: Any, folder: Path, shown: Explanation, width: int = 1000) ->
     page.on("console", lambda message: troubles.append(message.text))
     page.on("request", lambda r: None if r.url == place.as_uri() else troubles.append(r.url))
     page.goto(place.as_uri())
-    page.wait_for_function("view.rows > 0")
+    # By a selector: the page's own policy lets nobody, not even a test, evaluate again and again.
+    page.wait_for_selector("#canvas[aria-label*='mean over heads']")
     return page, troubles
 
 
@@ -125,7 +126,7 @@ def test_a_browser_shows_the_numbers(browser, tmp_path):
     assert f"k{best}" in page.inner_text("#most")
     page.select_option("#head", "2")
     page.select_option("#connection", "1")
-    page.wait_for_function("view.connection === 1 && view.head === 2")
+    page.wait_for_selector("#canvas[aria-label*='layer 2 → anchor layer 3, head 3 of 3, 10 by 7']")
     found = np.array(page.evaluate("Array.from(view.weights)")).reshape(10, 7)
     assert np.abs(found - shown.attention[1][2]).max() < 0.005
     share = f"{100 * shown.update_share[1][1]:.1f} %"
