@@ -133,6 +133,12 @@ def test_the_order_is_the_seeds() -> None:
     assert sorted(e.source for e in plain) == sorted(e.source for e in some)
 
 
+def test_operations_are_counted_by_the_tokens_of_all_batches():
+    """They were those of the first batch times the steps, however short its examples were."""
+    features = [{"input_ids": [1] * length} for length in (3, 5, 1)]
+    assert encoding.padded_tokens(features, 2) == 2 * 5 + 1
+
+
 # ---- metrics -----------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ import torch
 
 from graftlm.planning import flop_counter
 from graftlm.reproduce.answering import to_device
-from graftlm.reproduce.encoding import Features
+from graftlm.reproduce.encoding import Features, padded_tokens
 from graftlm.reproduce.fitting import target_loss
 from graftlm.reproduce.runner import Runner
 
@@ -19,7 +19,8 @@ class Cost:
 
     Args:
         weights: That train.
-        flops: Of all training, counted on one batch; 0 if nothing trains.
+        flops: Of all training: counted on one batch, in proportion to the tokens of all; 0 if
+            nothing trains.
         training_seconds: From nothing loaded to trained.
         peak_bytes: Most memory held in training: of the process, or on the GPU; None where the
             system does not tell.
@@ -61,7 +62,7 @@ class Meter:
         runner: Runner,
         *,
         batch: Features,
-        steps: int,
+        padded: int,
         weights: int,
         tokens_per_second: float | None,
     ) -> Cost:
@@ -69,18 +70,19 @@ class Meter:
 
         Args:
             batch: Of its training, whose operations are counted.
+            padded: Tokens of all batches, padding included; 0 if it was not trained.
         """
         flops = 0
-        if steps:
+        if padded:
             inputs = to_device(runner.collate(batch), runner.model.device)
             with flop_counter() as counter:
                 target_loss(runner.model, inputs, bf16=runner.bf16).backward()
             runner.model.zero_grad(set_to_none=True)
-            flops = counter.get_total_flops() * steps
+            flops = counter.get_total_flops() * padded // padded_tokens(batch, len(batch))
         return Cost(
             weights=weights,
             flops=flops,
-            training_seconds=self.seconds if steps else 0.0,
-            peak_bytes=self.peak if steps else None,
+            training_seconds=self.seconds if padded else 0.0,
+            peak_bytes=self.peak if padded else None,
             tokens_per_second=tokens_per_second,
         )

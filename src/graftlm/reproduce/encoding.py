@@ -125,6 +125,13 @@ def training_order(
     return ordered
 
 
+def padded_tokens(features: Features, batch_size: int) -> int:
+    """How many tokens batches have, padding included."""
+    lengths = [len(feature["input_ids"]) for feature in features]
+    batches = [lengths[k : k + batch_size] for k in range(0, len(lengths), batch_size)]
+    return sum(len(batch) * max(batch) for batch in batches)
+
+
 def pad(features: Sequence[dict[str, list[int]]], *, left: bool = False) -> dict[str, Tensor]:
     """A batch for a model that stands alone."""
     longest = max(len(feature["input_ids"]) for feature in features)

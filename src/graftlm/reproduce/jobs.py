@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from graftlm.reproduce import cost
 from graftlm.reproduce.answering import ask, judged, say
-from graftlm.reproduce.encoding import Features, training_order
+from graftlm.reproduce.encoding import Features, padded_tokens, training_order
 from graftlm.reproduce.example import Data, Example
 from graftlm.reproduce.experiment import Experiment, Models, Test, Training
 from graftlm.reproduce.files import write_text
@@ -191,9 +191,9 @@ def run_job(study: Study, job: Job, path: Path, console: Console) -> Outcome:
     runner = make_runner(
         experiment, study.models, system, job.seed, shots=shots, device=study.device
     )
-    losses, batch = [], []
+    losses, batch, padded = [], [], 0
     if system.trains:
-        losses, batch = train(study, job, system, runner, data, console)
+        losses, batch, padded = train(study, job, system, runner, data, console)
     watched.trained()
     answers, tokens, seconds = score(study, system, runner, data)
     found = {job.name: answers}
@@ -207,7 +207,7 @@ def run_job(study: Study, job: Job, path: Path, console: Console) -> Outcome:
         cost=watched.cost(
             runner,
             batch=batch,
-            steps=losses[-1][0] if losses else 0,
+            padded=padded,
             weights=trainable(runner.model) if system.trains else 0,
             tokens_per_second=tokens / seconds if seconds else None,
         ),
@@ -223,11 +223,12 @@ def settings_of(experiment: Experiment, system: System) -> Training:
 
 def train(
     study: Study, job: Job, system: System, runner: Runner, data: Data, console: Console
-) -> tuple[list[tuple[int, float]], Features]:
+) -> tuple[list[tuple[int, float]], Features, int]:
     """Train a fresh system on the examples of its seed.
 
     Returns:
-        Step and mean loss since the last entry; and a batch as it was trained on.
+        Step and mean loss since the last entry; a batch as it was trained on; and how many tokens
+        all batches had, padding included.
     """
     settings = settings_of(study.experiment, system)
     rate = {
@@ -237,9 +238,11 @@ def train(
     }[system.trains or "bridges"]
     losses: list[tuple[int, float]] = []
     features: Features = []
+    padded = 0
     for title, examples in stages(system, runner, data, settings, job.seed):
         before = losses[-1][0] if losses else 0
         features = runner.encode(examples)
+        padded += padded_tokens(features, settings.batch_size)
         found = fit(
             runner,
             features,
@@ -251,7 +254,7 @@ def train(
             device=study.device,
         )
         losses += [(before + step, loss) for step, loss in found]
-    return losses, features[: settings.batch_size]
+    return losses, features[: settings.batch_size], padded
 
 
 def stages(
