@@ -76,6 +76,16 @@ def test_the_guide_to_different_tokenizers_runs(folders, capsys):
     assert "The quick brown fox" in printed
 
 
+def test_the_guide_to_reading_pictures_runs(folders, capsys):
+    compose("anchor", "specialist", every=1).save_pretrained("composed")
+    page = (ROOT / "docs" / "reading-pictures.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    exec(compile(block, "docs/reading-pictures.md", "exec"), {})
+    assert "anchor_layer=0) (4, 7, 7) 0.0" in capsys.readouterr().out  # fresh bridges do nothing
+    assert (folders / "head_2.png").exists()
+    assert '"1", "+", "2", "="' in (folders / "seen.html").read_text(encoding="utf-8")
+
+
 @pytest.fixture
 def evaluated(folders):
     """A composed folder and tasks beside the models, as the guide to evaluation has them."""

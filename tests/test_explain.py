@@ -11,11 +11,12 @@ from torch import Tensor
 
 import graftlm
 from families import tiny, tiny_llama
-from graftlm import Connection, compose
+from graftlm import ComposedForCausalLM, Connection, compose
+from graftlm.cli import main
 from graftlm.labels import labels_of, reads_right_to_left
 from graftlm.passes import Observed, PassInputs
 from graftlm.spelling import Spelling, spell
-from tiny import character_tokenizer
+from tiny import character_tokenizer, save_pair
 from two_tokenizers import byte_tokenizer, compose_pair, word_tokenizer
 
 TEXT = "The quick brown fox"
@@ -281,7 +282,7 @@ def test_a_model_without_a_head_predicts_nothing():
         ({}, "explain got neither of text and input_ids"),
         ({"text": "a", "input_ids": [1]}, "explain got both of text and input_ids"),
         ({"text": "a b"}, "text is 'a b', but the model has no tokenizer"),
-        ({"input_ids": [[1, 2], [3, 4]]}, r"has shape \(2, 2\) in tokens"),
+        ({"input_ids": torch.tensor([[1, 2], [3, 4]])}, r"has shape \(2, 2\) in tokens"),
         ({"input_ids": []}, r"has shape \(0,\) in tokens"),
         ({"input_ids": [1], "max_new_tokens": -2}, "max_new_tokens is -2, but must be 0 or more"),
         ({"input_ids": [1], "top": 0}, "top is 0, but must be a positive whole number"),
@@ -349,3 +350,65 @@ def test_the_direction_is_that_of_most_letters():
 def test_the_class_is_public():
     model = compose(tiny("llama", 1), tiny_llama(), every=2)
     assert isinstance(model.explain(input_ids=[1]), graftlm.Explanation)
+
+
+# ---- on the command line -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A composed folder whose bridges do something."""
+    place = tmp_path_factory.mktemp("explained")
+    anchor, augmenting = save_pair(place)
+    model = opened(compose(anchor, {"code": augmenting}, every=1))
+    model.save_pretrained(place / "composed")
+    return str(place / "composed")
+
+
+def test_inspect_explains_a_text(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["inspect", folder, "--attention", "a [b]", "--generate", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert "Where composition changes what comes next" in shown
+    assert "code" in shown
+    assert "␣ " in shown
+    assert sorted(path.name for path in (tmp_path / "attention").iterdir()) == [
+        *("attention.html", "attention.png", "explanation.json", "updates.png"),
+    ]
+    numbers = json.loads((tmp_path / "attention" / "explanation.json").read_text())
+    assert "".join(numbers["tokens"]).startswith("a [b]")
+    assert len(numbers["tokens"]) == 7
+    found = ComposedForCausalLM.from_pretrained(folder).explain("a [b]", max_new_tokens=2)
+    assert np.allclose(numbers["update_share"], found.update_share, atol=1e-6)
+    strongest = int(found.divergence.argmax())
+    assert f"{strongest + 1}" in shown.splitlines()[2].split()[0]
+    # Again, over what is there.
+    assert main(["inspect", folder, "--attention", "b", "--output", "attention"]) == 0
+    assert json.loads((tmp_path / "attention" / "explanation.json").read_text())["tokens"] == ["b"]
+
+
+def test_inspect_says_which_model_is_switched_off(folder, tmp_path, capsys):
+    model = ComposedForCausalLM.from_pretrained(folder)
+    model.set_scale("code", 0)
+    model.save_pretrained(tmp_path / "off")
+    words = ["inspect", str(tmp_path / "off"), "--attention", "a", "--output", str(tmp_path / "x")]
+    assert main(words) == 0
+    assert "code is switched off (scale 0), so it is not read." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--generate", "2"], "--generate needs --attention"),
+        (["--attention", "a", "--limit", "2"], "--limit needs --usefulness"),
+        (["--attention", "a", "--usefulness", "d"], "--attention and --usefulness are two"),
+        (["--attention", "a", "--output", "FILE"], "file', which is a file; name a folder"),
+        (["--attention", ""], "what to explain has shape (0,) in tokens"),
+        (["--attention", "a", "--generate", "-1"], "max_new_tokens is -1, but must be 0 or more"),
+    ],
+)
+def test_inspect_refuses(words, message, folder, tmp_path, capsys):
+    (tmp_path / "file").write_text("something else")
+    words = [str(tmp_path / "file") if word == "FILE" else word for word in words]
+    assert main(["inspect", folder, *words]) == 2
+    assert message in capsys.readouterr().err

@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from graftlm.explain import Explanation
     from graftlm.loading import compose
     from graftlm.processor import ComposedDataCollator, ComposedProcessor
+    from graftlm.pruning import prune
     from graftlm.states_cache import StatesCache
     from graftlm.trainer import ComposedTrainer
+    from graftlm.usefulness import rank_connections
     from graftlm.verification import verify
 
 _HOME = {
@@ -45,6 +47,8 @@ _HOME = {
     "cache_states": "caching",
     "compose": "loading",
     "evaluate": "evaluation",
+    "prune": "pruning",
+    "rank_connections": "usefulness",
     "verify": "verification",
 }
 
@@ -68,6 +72,8 @@ __all__ = [
     "cache_states",
     "compose",
     "evaluate",
+    "prune",
+    "rank_connections",
     "verify",
 ]
 

@@ -3,6 +3,7 @@
 import base64
 import json
 import zlib
+from dataclasses import replace
 from importlib.resources import files
 from typing import Any
 
@@ -27,7 +28,8 @@ def attention_page(explanation: Explanation) -> str:
 
 def page_data(explanation: Explanation) -> dict[str, Any]:
     """What the page's script is given."""
-    plain = explanation.to_json() | {"attention": [packed(x) for x in explanation.attention]}
+    plain = replace(explanation, attention=[]).to_json()
+    plain["attention"] = [packed(weights) for weights in explanation.attention]
     parts = {"anchor": explanation.tokens, **explanation.augmenting_tokens}
     plain["labels"] = {name: labels_of(texts) for name, texts in parts.items()}
     plain["right_to_left"] = {name: reads_right_to_left(texts) for name, texts in parts.items()}

@@ -171,15 +171,8 @@ class ComposedForCausalLM(SavesBridges, GenerationMixin):
         Raises:
             ValueError: If there is no such connection.
         """
-        known, off = self.config.connections, set()
-        for connection in connections:
-            if connection not in known:
-                raise ValueError(
-                    f"there is no {connection}; config.connections lists the {len(known)} there are"
-                )
-            off.add((self.model.hooks.key, known.index(connection)))
-        before = connections_off.get()
-        connections_off.set(before | off)
+        key, before = self.model.hooks.key, connections_off.get()
+        connections_off.set(before | {(key, index) for index in self.model.indices_of(connections)})
         try:
             yield
         finally:

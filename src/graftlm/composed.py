@@ -3,7 +3,7 @@
 import uuid
 import weakref
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -21,7 +21,7 @@ from graftlm.augmenting_tokens import AugmentingTokens, ReadingCache
 from graftlm.bases import role_of
 from graftlm.bridge import Bridge
 from graftlm.cache import ComposedCache, is_empty
-from graftlm.config import ComposedConfig
+from graftlm.config import ComposedConfig, Connection
 from graftlm.frozen_states import entering_view, take_states
 from graftlm.growing_cache import let_grow
 from graftlm.own_tokens import has_reader, run_reader
@@ -138,6 +138,21 @@ class ComposedModel(ComposedPreTrainedModel):
     def scale_of(self, name: str) -> float:
         """What multiplies an augmenting model's updates: `scaled`'s factor, else the saved one."""
         return scales_here.get().get((self.hooks.key, name), self.config.scales[name])
+
+    def indices_of(self, connections: Iterable[Connection]) -> set[int]:
+        """Where these connections, and their bridges, are among all.
+
+        Raises:
+            ValueError: If there is no such connection.
+        """
+        known, indices = self.config.connections, set()
+        for connection in connections:
+            if connection not in known:
+                raise ValueError(
+                    f"there is no {connection}; config.connections lists the {len(known)} there are"
+                )
+            indices.add(known.index(connection))
+        return indices
 
     def is_off(self, index: int) -> bool:
         """Whether a connection is switched off by `ComposedForCausalLM.without`."""

@@ -29,6 +29,7 @@ from graftlm.rows import (
 )
 
 BATCH = 1000
+LONGEST_BY_DEFAULT = 1024
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\b")  # how transformers looks for it
 
 Tokens = tuple[list[int], list[int]]  # input_ids and labels
@@ -98,6 +99,32 @@ def load_examples(
             stacklevel=2,
         )
     return collect(tokenised(rows, tokenizer, completions_only), source, max_length)
+
+
+def fitting_length(configs: Mapping[str, Any], max_length: int | None) -> int:
+    """Tokens an example may have.
+
+    Args:
+        configs: Of "anchor" and the augmenting models.
+        max_length: What was asked for; by default 1024, or what all the models can read.
+
+    Raises:
+        ValueError: If it is beyond the context of one of the models.
+    """
+    contexts = {
+        name: getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+        for name, config in configs.items()
+    }
+    limits = {name: size for name, size in contexts.items() if isinstance(size, int) and size > 0}
+    if max_length is None:
+        return min((LONGEST_BY_DEFAULT, *limits.values()))
+    for name, size in limits.items():
+        if max_length > size:
+            model = "the anchor" if name == "anchor" else f"augmenting model {name!r}"
+            raise ValueError(
+                f"max_length is {max_length}, but the context of {model} is {size} tokens"
+            )
+    return max_length
 
 
 # ---- tokens ------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from graftlm._version import __version__
 from graftlm.caching import cache_states, is_whole
 from graftlm.causal_lm import ComposedForCausalLM
 from graftlm.config import ComposedConfig, spaced_connections
-from graftlm.data import Examples, load_examples
+from graftlm.data import Examples, fitting_length, load_examples
 from graftlm.loading import compose
 from graftlm.processor import ComposedDataCollator, ComposedProcessor
 from graftlm.progress import ProgressDisplay
@@ -40,7 +40,6 @@ from graftlm.recipe import Recipe
 from graftlm.resuming import RECORD, Interruption, starting_point
 from graftlm.trainer import ComposedTrainer
 
-LONGEST_BY_DEFAULT = 1024
 # What suits freshly opened bridges; a recipe's `training` goes over it. Fractions are of all steps.
 DEFAULTS: dict[str, Any] = {
     "learning_rate": 3e-4,
@@ -237,7 +236,7 @@ def load(recipe: Recipe, arguments: TrainingArguments, checkpoint: str | None = 
         gguf.resolve(recipe.tokenizer or recipe.anchor),
         trust_remote_code=recipe.trust_remote_code,
     )
-    max_length = resolve_max_length(recipe)
+    max_length = fitting_length(base_configs(recipe), recipe.max_length)
     options = {"max_length": max_length, "completions_only": recipe.completions_only}
     with arguments.main_process_first(desc="reading data"):
         examples = load_examples(recipe.data, tokenizer, **options)
@@ -303,25 +302,3 @@ def check_layers(recipe: Recipe) -> None:
         )
     ]
     ComposedConfig(anchor_config=anchor, augmenting_configs=configs, connections=connections)
-
-
-def resolve_max_length(recipe: Recipe) -> int:
-    """Tokens an example may have.
-
-    Raises:
-        ValueError: If the recipe's number is beyond the context of one of the models.
-    """
-    contexts = {
-        name: getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-        for name, config in base_configs(recipe).items()
-    }
-    limits = {name: size for name, size in contexts.items() if isinstance(size, int) and size > 0}
-    if recipe.max_length is None:
-        return min((LONGEST_BY_DEFAULT, *limits.values()))
-    for name, size in limits.items():
-        if recipe.max_length > size:
-            model = "the anchor" if name == "anchor" else f"augmenting model {name!r}"
-            raise ValueError(
-                f"max_length is {recipe.max_length}, but the context of {model} is {size} tokens"
-            )
-    return recipe.max_length

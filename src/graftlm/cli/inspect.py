@@ -1,24 +1,52 @@
-"""`graftlm inspect`: what a folder holds, without loading a weight."""
+"""`graftlm inspect`: what a folder holds, without loading a weight unless something is measured."""
 
 import argparse
 import os
 from typing import Any
 
+from graftlm.cli import attention, options, usefulness
+
+MEASURING = {  # what loads the models, and the options that belong to it alone
+    "attention": (attention, ("generate",)),
+    "usefulness": (usefulness, ("limit", "prune")),
+}
+SHARED = (
+    *("output", "device", "anchor", "augmenting"),
+    *("dtype", "device_map", "quantize", "trust_remote_code"),
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The folder, and the batch to estimate memory for."""
+    """The folder, the batch to estimate memory for, and what to measure."""
     parser.usage = "graftlm inspect FOLDER [options]"
     parser.add_argument("folder", metavar="FOLDER", help="a composed model")
     parser.add_argument(
-        "--batch-size", type=int, default=8, metavar="N", help="to estimate memory for (default: 8)"
+        "--batch-size",
+        type=int,
+        default=8,
+        metavar="N",
+        help="examples to estimate memory for, or to run at once (default: 8)",
     )
     parser.add_argument(
-        "--length", type=int, default=512, metavar="N", help="tokens an example (default: 512)"
+        "--length",
+        type=int,
+        metavar="N",
+        help="tokens an example (default: 512; with --usefulness as in training)",
     )
+    parser.add_argument("--output", metavar="FOLDER", help="for numbers and pictures")
+    parser.add_argument("--device", metavar="NAME", help="such as cpu or cuda:1")
+    for module, _ in MEASURING.values():
+        module.add_arguments(parser)
+    options.add_models(parser, required=False)
+    options.add_loading(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Read the configuration, and show the model it describes."""
+    """Show the model that the configuration describes, or measure."""
+    wanted = [verb for verb in MEASURING if getattr(args, verb) is not None]
+    check_options(args, wanted)
+    if wanted:
+        return MEASURING[wanted[0]][0].run(args)
     from graftlm.checkpoint import read_config
     from graftlm.cli.show import output, show_composition, show_memory
     from graftlm.sizes import training_memory, unloaded
@@ -29,11 +57,29 @@ def run(args: argparse.Namespace) -> int:
     model = unloaded(config, bridge_dtype(args.folder))
     show_composition(console, model)
     memory = training_memory(
-        model, batch_size=args.batch_size, length=args.length, checkpointing=False
+        model, batch_size=args.batch_size, length=args.length or 512, checkpointing=False
     )
     show_memory(console, memory)
     console.print("All of this is from config.json: no weight was read.", markup=False)
     return 0
+
+
+def check_options(args: argparse.Namespace, wanted: list[str]) -> None:
+    """Refuse options that would have no effect.
+
+    Raises:
+        ValueError: Naming the first.
+    """
+    if len(wanted) > 1:
+        raise ValueError("--attention and --usefulness are two commands; give one of them")
+    for verb, (_, names) in MEASURING.items():
+        for name in names:
+            if verb not in wanted and getattr(args, name) is not None:
+                raise ValueError(f"--{name} needs --{verb}")
+    for name in SHARED:
+        if not wanted and getattr(args, name) is not None:
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} needs --attention TEXT or --usefulness DATA")
 
 
 def show_bases(console: Any, config: Any) -> None:

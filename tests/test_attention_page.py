@@ -1,0 +1,259 @@
+"""The page and the pictures say what the explanation says, offline and in every script."""
+
+import json
+import re
+import shutil
+import zlib
+from base64 import b64decode
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib import font_manager
+from matplotlib.image import imread
+
+from graftlm import Connection, Explanation
+from graftlm.attention_page import attention_page
+from graftlm.attention_picture import draw_attention, draw_update_share, drawable, fonts_for
+
+CHROMIUM = shutil.which("chromium")
+TOKENS = ["سل", "ام", " e", "\u0301", "</script>", "$a$", "狐", "\n", "", "a long text of 25 chars"]
+
+
+def explanation(num_tokens: int = 10, num_keys: int = 7) -> Explanation:
+    """One of random numbers; two connections, three heads."""
+    random = np.random.default_rng(0)
+    tokens = (TOKENS * (num_tokens // len(TOKENS) + 1))[:num_tokens]
+    weights = random.dirichlet(np.ones(num_keys), (2, 3, num_tokens)).astype(np.float32)
+    return Explanation(
+        tokens=tokens,
+        num_prompt=num_tokens - 3,
+        connections=[
+            Connection(augmenting="other", augmenting_layer=k, anchor_layer=k + 1) for k in (0, 2)
+        ],
+        scales={"other": 1.0},
+        augmenting_tokens={"other": [f"k{n}" for n in range(num_keys - 1)] + ["العا"]},
+        branches={"other": [0] * (num_keys - 1) + [2]},
+        attention=list(weights),
+        update_share=random.random((2, num_tokens), dtype=np.float32),
+        next_tokens={
+            part: [[("ام", 0.5), ("\u0301", 0.25)]] * num_tokens
+            for part in ("composed", "anchor", "other")
+        },
+        divergence=random.random(num_tokens, dtype=np.float32),
+    )
+
+
+class Page(HTMLParser):
+    """What a page loads, and the data it holds."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.loads: list[str] = []
+        self.data: Any = None
+        self.in_data = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self.loads += [str(values[name]) for name in ("src", "href") if name in values]
+        self.in_data = values.get("id") == "data"
+
+    def handle_data(self, data: str) -> None:
+        if self.in_data:
+            self.data, self.in_data = json.loads(data), False
+
+
+def test_the_page_holds_everything_and_loads_nothing() -> None:
+    shown = explanation()
+    text = attention_page(shown)
+    page = Page(text)
+    assert page.loads == []
+    assert not re.search(r"https?://|@import|url\(", text)
+    assert page.data["tokens"] == shown.tokens
+    assert page.data["labels"]["anchor"][:4] == ["سل\u200d", "\u200dام", "␣e", "◌\u0301"]
+    assert page.data["next_tokens"]["anchor"][0] == [["ام", 0.5], ["\u0301", 0.25]]
+    for weights, packed in zip(shown.attention, page.data["attention"], strict=True):
+        steps = np.frombuffer(zlib.decompress(b64decode(packed["bytes"])), dtype=np.uint8)
+        unpacked = (steps.reshape(packed["shape"]) / 255) ** 2
+        assert np.abs(np.sqrt(unpacked) - np.sqrt(weights)).max() <= 1 / 510 + 1e-6
+
+
+@pytest.fixture(scope="module")
+def browser() -> Any:
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium on this machine")
+    api = pytest.importorskip("playwright.sync_api")
+    with api.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+def opened(browser: Any, folder: Path, shown: Explanation, width: int = 1000) -> tuple[Any, list]:
+    """The page as a browser shows it, and what went wrong there or went out to the network."""
+    place = folder / "page.html"
+    place.write_text(attention_page(shown), encoding="utf-8")
+    page = browser.new_page(viewport={"width": width, "height": 700})
+    troubles: list[str] = []
+    page.on("pageerror", lambda error: troubles.append(str(error)))
+    page.on("console", lambda message: troubles.append(message.text))
+    page.on("request", lambda r: None if r.url == place.as_uri() else troubles.append(r.url))
+    page.goto(place.as_uri())
+    # By a selector: the page's own policy lets nobody, not even a test, evaluate again and again.
+    page.wait_for_selector("#canvas[aria-label*='mean over heads']")
+    return page, troubles
+
+
+@pytest.mark.slow
+def test_a_browser_shows_the_numbers(browser, tmp_path):
+    """By keyboard: the token it starts with, the next ones, a head, a connection and a cell."""
+    shown = explanation()
+    page, troubles = opened(browser, tmp_path, shown)
+    start = int(shown.divergence.argmax())
+    selected = "document.querySelector('#text [aria-selected=true]').dataset.token"
+    assert page.evaluate(selected) == str(start)
+    page.focus(f"#text [data-token='{start}']")
+    page.keyboard.press("Home")
+    assert page.evaluate(selected) == "0"
+    page.keyboard.press("ArrowDown")
+    assert page.evaluate(selected) == "1"
+    assert "2 of 10" in page.inner_text("#place")
+    best = int(shown.attention[0].mean(0)[1, :6].argmax())
+    assert f"k{best}" in page.inner_text("#most")
+    page.select_option("#head", "2")
+    page.select_option("#connection", "1")
+    page.wait_for_selector("#canvas[aria-label*='layer 2 → anchor layer 3, head 3 of 3, 10 by 7']")
+    found = np.array(page.evaluate("Array.from(view.weights)")).reshape(10, 7)
+    assert np.abs(found - shown.attention[1][2]).max() < 0.005
+    share = f"{100 * shown.update_share[1][1]:.1f} %"
+    assert share in page.inner_text("#most")
+    page.focus("#canvas")
+    page.keyboard.press("ArrowRight")
+    told = page.inner_text("#live")
+    assert "reads “k1”" in told
+    assert f"{100 * found[1, 1]:.1f} %" in told
+    assert troubles == []
+
+
+@pytest.mark.slow
+def test_letters_join_and_marks_stay_on_them(browser, tmp_path):
+    """Tokens side by side take the room that their text takes as a whole."""
+    shown = replace(
+        explanation(), tokens=["سل", "ام", " e", "\u0301", " नम", "स्", "ते", "", "t", "x"]
+    )
+    page, _ = opened(browser, tmp_path, shown)
+    widths = page.evaluate(
+        """() => {
+          const box = document.getElementById("text"), whole = document.createElement("span");
+          const pieces = Array.from(box.children);
+          const left = Math.min(...pieces.map((p) => p.getBoundingClientRect().left));
+          const right = Math.max(...pieces.map((p) => p.getBoundingClientRect().right));
+          whole.textContent = data.tokens.join("");
+          box.replaceChildren(whole);
+          return [right - left, whole.getBoundingClientRect().width];
+        }"""
+    )
+    assert widths[0] == pytest.approx(widths[1], abs=1.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [360, 1000])
+def test_long_texts_scroll_and_phones_need_no_sideways_scrolling(browser, tmp_path, width):
+    page, troubles = opened(browser, tmp_path, explanation(600, 400), width)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate("map.scrollWidth") > 400 * 20
+    assert page.evaluate("canvas.width") <= width * page.evaluate("devicePixelRatio")
+    page.evaluate("map.scrollTop = 5000")
+    page.focus("#canvas")
+    page.keyboard.press("ArrowDown")
+    row = page.evaluate("state.row")
+    inside = page.evaluate("state.row * cell >= map.scrollTop")
+    assert row > 0
+    assert inside
+    assert troubles == []
+
+
+@pytest.mark.slow
+def test_a_switched_off_model_is_named(browser, tmp_path):
+    shown = replace(
+        explanation(), scales={"other": 0.0}, attention=[np.zeros((3, 10, 7), np.float32)] * 2
+    )
+    page, troubles = opened(browser, tmp_path, shown)
+    assert "other is switched off (scale 0)" in page.inner_text("#notices")
+    assert "reads nothing" in page.inner_text("#most")
+    assert troubles == []
+
+
+def test_nothing_to_read_and_nothing_changed_make_a_page_and_pictures(tmp_path) -> None:
+    """An augmenting model that has read no token yet, and a fresh composition."""
+    shown = replace(
+        explanation(),
+        augmenting_tokens={"other": []},
+        branches={"other": []},
+        attention=[np.zeros((3, 10, 0), np.float32)] * 2,
+        update_share=np.zeros((2, 10), np.float32),
+        divergence=np.zeros(10, np.float32),
+    )
+    assert Page(attention_page(shown)).data["attention"][0]["shape"] == [3, 10, 0]
+    draw_attention(shown, tmp_path / "a.png")
+    draw_update_share(shown, tmp_path / "u.png")
+
+
+# ---- pictures ----------------------------------------------------------------------------
+
+
+def test_pictures_are_drawn_without_a_warning(tmp_path: Path) -> None:
+    """Arabic, marks, dollars that are no formula, and a character that no font here may have."""
+    shown = explanation()
+    for name, options in {
+        "all.png": {},
+        "one.png": {"connection": 1, "head": 2},
+    }.items():
+        draw_attention(shown, tmp_path / name, **options)
+    draw_update_share(shown, tmp_path / "updates.png")
+    sizes = {path.name: imread(path).shape for path in tmp_path.iterdir()}
+    assert sorted(sizes) == ["all.png", "one.png", "updates.png"]
+    assert sizes["all.png"][1] > 1.5 * sizes["one.png"][1]  # both connections, side by side
+
+
+def test_a_picture_shows_the_weights(tmp_path: Path) -> None:
+    """A single weight of 1 is the only cell in the fullest colour, where it belongs."""
+    weights = np.zeros((3, 10, 7), np.float32)
+    weights[1, 2, 5] = 1.0
+    shown = replace(explanation(), attention=[weights] * 2)
+    draw_attention(shown, tmp_path / "one.png", connection=0, head=1)
+    draw_attention(shown, tmp_path / "none.png", connection=0, head=2)
+    one, none = (imread(tmp_path / name)[..., :3] for name in ("one.png", "none.png"))
+    full = np.array([0x1F, 0x6F, 0x8B]) / 255
+    is_full = [
+        np.abs(image[:, : image.shape[1] * 3 // 4] - full).max(-1) < 0.01 for image in (one, none)
+    ]
+    assert is_full[0].sum() > 300
+    assert is_full[1].sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"connection": 2}, "connection is 2, but there are connections 0 to 1"),
+        ({"connection": -1}, "connection is -1, but there are connections 0 to 1"),
+        ({"head": 3}, "head is 3, but each connection has heads 0 to 2"),
+    ],
+)
+def test_what_is_not_there_is_not_drawn(options, message, tmp_path) -> None:
+    with pytest.raises(ValueError, match=message):
+        draw_attention(explanation(), tmp_path / "a.png", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_characters_without_a_glyph_are_numbers(monkeypatch) -> None:
+    only = [f for f in font_manager.fontManager.ttflist if f.name == "DejaVu Sans"]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", only)
+    fonts = fonts_for(["ab狐c"])
+    assert list(fonts) == ["DejaVu Sans"]
+    assert drawable("ab狐c", fonts) == "abU+72D0 c"
+    assert drawable("سل\u200d", fonts) in ("سل\u200d", "سل")
