@@ -205,7 +205,8 @@ def test_the_help_page_is_up_to_date() -> None:
 
 
 def test_every_option_is_used_in_a_test() -> None:
-    source = Path(__file__).read_text(encoding="utf-8")
+    tests = Path(__file__).parent.glob("test_*.py")
+    source = "".join(path.read_text(encoding="utf-8") for path in tests)
     ours = [(name, parser) for name, parser in children("graftlm", build_parser())]
     assert {name.split()[1] for name, _ in ours} == set(VERBS)
     for name, parser in ours:
@@ -503,31 +504,34 @@ def test_generate_needs_a_tokenizer(opened: str, output: Output, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_playground_serves_until_it_is_interrupted(
-    opened: str, output: Output, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_playground_serves_until_it_is_interrupted(opened: str) -> None:
+    """In a process of its own, because Gradio leaves sockets behind."""
     import signal
-    import threading
     import urllib.request
-    import webbrowser
 
-    pages = []
-
-    def visit(address: str) -> bool:
-        pages.append(urllib.request.urlopen(address).read().decode())
-        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
-        return True
-
-    monkeypatch.setattr(webbrowser, "open", visit)
     port = free_port("127.0.0.1", range(8060, 8160))
-    limits = ("--max-characters", "70", "--max-new-tokens", "9")
-    where = ("--host", "127.0.0.1", "--port", str(port), "--open")
-    shown = output.of("playground", opened, *where, *limits)
-    assert shown == (
-        f"{opened} is at http://127.0.0.1:{port} (Ctrl-C ends it)\n\nthe playground has ended\n"
+    words = ["--host", "127.0.0.1", "--port", str(port), "--open"]
+    words += ["--max-characters", "70", "--max-new-tokens", "9"]
+    running = subprocess.Popen(
+        [sys.executable, "-m", "graftlm", "playground", opened, *words],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"BROWSER": "echo opened %s"},
     )
-    assert "up to 70 characters" in pages[0]
-    assert free_port("127.0.0.1", range(port, port + 1)) == port
+    assert running.stdout is not None
+    address = f"http://127.0.0.1:{port}"
+    try:
+        assert running.stdout.readline() == f"{opened} is at {address} (Ctrl-C ends it)\n"
+        assert running.stdout.readline() == f"opened {address}\n"
+        with urllib.request.urlopen(address) as answer:
+            assert "up to 70 characters" in answer.read().decode()
+        running.send_signal(signal.SIGINT)
+        shown, _ = running.communicate(timeout=60)
+    finally:
+        running.kill()
+        running.communicate()
+    assert shown == "\nthe playground has ended\n"
+    assert running.returncode == 0
 
 
 @pytest.mark.parametrize(

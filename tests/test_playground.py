@@ -1,14 +1,17 @@
 """The playground: who writes what, for whom, how it ends, and what the page shows in a browser."""
 
 import copy
+import gc
 import logging
 import math
 import re
 import shutil
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -416,14 +419,25 @@ def browser() -> Iterator[Any]:
         started.close()
 
 
-@pytest.fixture(scope="module")
-def served(model: Any) -> Iterator[tuple[Playground, str]]:
+@contextmanager
+def serving(playground: Playground, title: str) -> Iterator[str]:
+    """The page of a playground; its address."""
     from graftlm.playground.page import Page
     from graftlm.playground.serving import serve
 
-    playground = Playground(model, character_tokenizer(), LIMITS)
     port = free_port("127.0.0.1", range(7960, 8060))
-    with serve(Page(playground, "<b>composed</b>"), "127.0.0.1", port) as address:
+    with serve(Page(playground, title), "127.0.0.1", port) as address:
+        yield address
+    with warnings.catch_warnings():
+        # Gradio leaves sockets behind, for which other tests would have to answer.
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
+
+
+@pytest.fixture(scope="module")
+def served(model: Any) -> Iterator[tuple[Playground, str]]:
+    playground = Playground(model, character_tokenizer(), LIMITS)
+    with serving(playground, "<b>composed</b>") as address:
         yield playground, address
 
 
@@ -616,12 +630,8 @@ class TestInTheBrowser:
         assert is_dark == (scheme == "dark")
 
     def test_no_chat_without_a_template(self, browser: Any, model: Any) -> None:
-        from graftlm.playground.page import Page
-        from graftlm.playground.serving import serve
-
         playground = Playground(model, character_tokenizer(chat_template=None), LIMITS)
-        port = free_port("127.0.0.1", range(7960, 8060))
-        with serve(Page(playground, "composed"), "127.0.0.1", port) as address:
+        with serving(playground, "composed") as address:
             visitor = Visitor(browser, address)
             assert visitor.page.get_by_label("Chat").is_disabled()
             assert visitor.page.get_by_label("Completion").is_checked()
