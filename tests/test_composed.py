@@ -327,6 +327,20 @@ def test_scaled_is_set_scale_for_a_while(model):
 
 
 @torch.no_grad()
+def test_a_copy_is_switched_on_its_own(model):
+    """It had the original's key, so that switching one switched both."""
+    ids, twin = token_ids(2, 9), copy.deepcopy(model)
+    expected = model(ids).logits
+    with model.scaled({"augmenting": 0}), model.without(model.config.connections[:1]):
+        assert torch.equal(twin(ids).logits, expected)
+    with model.anchor_only():
+        assert not twin.is_anchor_only
+        assert torch.equal(twin(ids).logits, expected)
+    with twin.anchor_only():
+        assert torch.equal(twin(ids).logits, model.anchor(ids).logits)
+
+
+@torch.no_grad()
 def test_scaled_is_of_one_thread(model):
     """Two visitors of a playground with different sliders decode at the same time."""
     ids, found, both = token_ids(2, 9), {}, threading.Barrier(2)

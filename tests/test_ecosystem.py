@@ -1,6 +1,7 @@
 """The tools people bring: Trainer, TRL, pipelines, compilers, checkpointing, PEFT, device maps."""
 
 import gc
+import threading
 from typing import Any
 
 import peft
@@ -180,6 +181,44 @@ def test_a_compiled_forward_is_the_eager_one(position, padded):
             half = model(**batch, use_cache=False).logits
             assert_close(compiled(**batch, use_cache=False).logits, half, **TOLERANCE)
             assert not torch.equal(half, expected)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_compiled_code_sees_the_scale_of_its_own_thread(whole):
+    """What was traced saw what any thread had switched last; a playground showed the anchor's text.
+
+    A whole forward pass is told at each step of `generate`, compiled layers at each pass.
+    """
+    torch.compiler.reset()
+    model, ids = open_bridges(composed()), token_ids(2, 9)
+    options = {"max_new_tokens": 3, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+    expected = {}
+    for scale in (0.2, 0.9):
+        with model.scaled({"augmenting": scale}):
+            expected[scale] = torch.stack(model.generate(ids, **options).logits)
+    if whole:
+        model.forward = torch.compile(model.forward, backend="eager")
+    else:
+        for layer in model.anchor.model.layers:
+            layer.compile(backend="eager")
+    inside, leave = threading.Event(), threading.Event()
+
+    def other():
+        with model.scaled({"augmenting": 0.2}):
+            inside.set()
+            leave.wait(timeout=60)
+
+    thread = threading.Thread(target=other)
+    with model.scaled({"augmenting": 0.9}):
+        thread.start()
+        inside.wait(timeout=60)
+        found = torch.stack(model.generate(ids, **options).logits)
+    leave.set()
+    thread.join()
+    assert_close(found, expected[0.9], **TOLERANCE)
+    assert not torch.allclose(found, expected[0.2], **TOLERANCE)
+    torch.compiler.reset()
 
 
 @pytest.mark.slow

@@ -106,7 +106,7 @@ def test_connections_to_what_does_not_exist():
     refused("augmenting model 'augmenting' has no connection", [])
 
 
-@pytest.mark.parametrize("name", ["anchor", "my.code", "", "kod eins"])
+@pytest.mark.parametrize("name", ["anchor", "composed", "my.code", "", "kod eins"])
 def test_names_of_augmenting_models(name):
     with pytest.raises(ValueError, match=f"name {name!r} must consist of letters, digits"):
         compose(tiny_llama(), {name: tiny("gpt2")})

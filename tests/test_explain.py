@@ -223,6 +223,22 @@ def test_scales_are_those_of_the_context():
     assert here.to_json() == model.explain(TEXT).to_json()
 
 
+def test_mixed_precision_training_before_changes_nothing():
+    """accelerate leaves autocast around the model's forward; the anchor alone ran through it."""
+    model = shared()
+    for bridge in model.bridges:
+        torch.nn.init.zeros_(bridge.cross_o.weight)
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    assert not model.explain(TEXT).divergence.any()
+
+
+def test_a_hidden_state_of_zero_has_no_share():
+    """Zero over zero was NaN, which no JSON holds."""
+    observed = Observed()
+    observed.add_update(0, torch.zeros(1, 2, 4), torch.zeros(1, 2, 4))
+    assert observed.update_share[0].tolist() == [[0.0, 0.0]]
+
+
 def test_a_model_that_is_switched_off_reads_nothing():
     model = shared()
     model.set_scale("second", 0)

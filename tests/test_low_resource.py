@@ -359,7 +359,7 @@ def test_the_examples_of_chichewa(shelf) -> None:
     assert len(data.composition) == 20
     assert len(data.shots["Chichewa"]) == 5
     assert len(data.retention["text"]) == 60
-    assert all(900 < len(text.source) <= 1000 for text in data.retention["text"])
+    assert all(900 < len(text.target) <= 1000 for text in data.retention["text"])
     assert list(data.tests) == ["held-out books", "interface (Kolibri)", "declaration (UDHR)"]
     assert len(data.development) == 8
     example = data.composition[0]

@@ -23,10 +23,15 @@ from graftlm.composed import ComposedModel
 from graftlm.config import ComposedConfig, Connection
 from graftlm.explain import Explanation, explain
 from graftlm.growing_cache import let_grow
-from graftlm.passes import PassInputs, Scoped, connections_off, prompt_of, scales_here
+from graftlm.passes import (
+    PassInputs,
+    anchor_only_keys,
+    connections_off,
+    prompt_of,
+    scales_here,
+    show_scopes,
+)
 from graftlm.saving import SavesBridges
-
-anchor_only_keys: Scoped[frozenset[str]] = Scoped(frozenset())
 
 
 class ComposedForCausalLM(SavesBridges, GenerationMixin):
@@ -126,7 +131,7 @@ class ComposedForCausalLM(SavesBridges, GenerationMixin):
         for name in scales:
             self.check_name(name)
         before = scales_here.get()
-        ours = {(self.model.hooks.key, name): float(scale) for name, scale in scales.items()}
+        ours = {(self.model.scope_key, name): float(scale) for name, scale in scales.items()}
         scales_here.set({**before, **ours})
         try:
             yield
@@ -147,7 +152,7 @@ class ComposedForCausalLM(SavesBridges, GenerationMixin):
     def anchor_only(self) -> Iterator[None]:
         """Within this context the model is the anchor, bit for bit, in this thread."""
         before = anchor_only_keys.get()
-        anchor_only_keys.set(before | {self.model.hooks.key})
+        anchor_only_keys.set(before | {self.model.scope_key})
         try:
             yield
         finally:
@@ -156,7 +161,7 @@ class ComposedForCausalLM(SavesBridges, GenerationMixin):
     @property
     def is_anchor_only(self) -> bool:
         """Whether we are within `anchor_only`."""
-        return self.model.hooks.key in anchor_only_keys.get()
+        return self.model.scope_key in anchor_only_keys.get()
 
     @contextmanager
     def without(self, connections: Iterable[Connection]) -> Iterator[None]:
@@ -171,7 +176,7 @@ class ComposedForCausalLM(SavesBridges, GenerationMixin):
         Raises:
             ValueError: If there is no such connection.
         """
-        key, before = self.model.hooks.key, connections_off.get()
+        key, before = self.model.scope_key, connections_off.get()
         connections_off.set(before | {(key, index) for index in self.model.indices_of(connections)})
         try:
             yield
@@ -325,6 +330,7 @@ class ComposedForCausalLM(SavesBridges, GenerationMixin):
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As in transformers. The augmenting models read on from the cache, step by step."""
+        show_scopes()
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(  # pyrefly: ignore
             *args, **kwargs
         )

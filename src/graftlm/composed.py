@@ -25,7 +25,15 @@ from graftlm.config import ComposedConfig, Connection
 from graftlm.frozen_states import entering_view, take_states
 from graftlm.growing_cache import let_grow
 from graftlm.own_tokens import has_reader, run_reader
-from graftlm.passes import ForwardPass, Hooks, PassInputs, connections_off, part_of, scales_here
+from graftlm.passes import (
+    ForwardPass,
+    Hooks,
+    PassInputs,
+    connections_off,
+    part_of,
+    scales_here,
+    show_scopes,
+)
 from graftlm.reading import Reader
 
 
@@ -105,6 +113,7 @@ class ComposedModel(ComposedPreTrainedModel):
         )
         self.readers: dict[str, Reader] = {}
         self.hooks = Hooks(uuid.uuid4().hex)
+        self.scope_key = uuid.uuid4().hex  # what `anchor_only`, `without` and `scaled` are about
         self.layer_output: tuple[type, int] | None = None  # see `frozen_states.layer_output`
         self._views: dict[str, tuple[list[nn.Module], PreTrainedModel]] = {}
         self.entering_views: dict[str, tuple[list[nn.Module], PreTrainedModel]] = {}
@@ -152,11 +161,11 @@ class ComposedModel(ComposedPreTrainedModel):
 
     def scale_of(self, name: str) -> float:
         """What multiplies an augmenting model's updates: `scaled`'s factor, else the saved one."""
-        return scales_here.get().get((self.hooks.key, name), self.config.scales[name])
+        return scales_here.get().get((self.scope_key, name), self.config.scales[name])
 
     def is_off(self, index: int) -> bool:
         """Whether a connection is switched off by `ComposedForCausalLM.without`."""
-        return (self.hooks.key, index) in connections_off.get()
+        return (self.scope_key, index) in connections_off.get()
 
     def is_read(self, name: str) -> bool:
         """Whether anything is read of an augmenting model; else it is not run."""
@@ -177,6 +186,10 @@ class ComposedModel(ComposedPreTrainedModel):
     def __getstate__(self) -> dict[str, Any]:
         """Views are rebuilt where they are needed; a copy must not run the original's layers."""
         return self.__dict__ | {"_views": {}, "entering_views": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy shares the hooks' key, which is in the layers, but is switched on its own."""
+        super().__setstate__(state | {"scope_key": uuid.uuid4().hex})
 
     def train(self, mode: bool = True) -> "ComposedModel":
         """Train the bridges; the frozen models stay in evaluation mode.
@@ -278,6 +291,7 @@ class ComposedModel(ComposedPreTrainedModel):
             )
         if not torch.compiler.is_compiling():
             self.attach_hooks()
+            show_scopes()
         forward_pass = ForwardPass(self.hooks.key, self, cache, observed=inputs.observed)
         if inputs.frozen_states is not None:
             shape = inputs.input_ids.shape

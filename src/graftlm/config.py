@@ -240,10 +240,10 @@ class ComposedConfig(PreTrainedConfig):
                     f"{anchor_layers - 1}"
                 )
         for name in self.augmenting_configs:
-            if not re.fullmatch(r"[A-Za-z0-9_]+", name) or name == "anchor":
+            if not re.fullmatch(r"[A-Za-z0-9_]+", name) or name in ("anchor", "composed"):
                 raise ValueError(
                     f"augmenting model name {name!r} must consist of letters, digits and "
-                    "underscores, and not be 'anchor'"
+                    "underscores, and not be 'anchor' or 'composed'"
                 )
             if not any(connection.augmenting == name for connection in self.connections):
                 raise ValueError(

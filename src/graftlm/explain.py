@@ -120,8 +120,8 @@ def explain(
     composed = model.model.run(
         model.anchor, inputs, past_key_values=None, use_cache=False, options={}
     ).logits[0]
-    with model.anchor_only():
-        anchor = model(input_ids=ids, use_cache=False).logits[0]
+    # Nor this: after training in mixed precision, its forward alone would be autocast.
+    anchor = model.anchor(input_ids=ids, use_cache=False).logits[0]
     tokens = ids[0].tolist()
     texts, spellings = spell(Spelling(tokenizer_of(model, "anchor")), tokens)
     read = {name: what_is_read(model, name, inputs) for name in model.augmenting}

@@ -117,7 +117,8 @@ class Observed:
         """Measure what one connection adds."""
         wide = torch.promote_types(hidden_states.dtype, torch.float32)
         norms = [x.to(wide).norm(dim=-1) for x in (update, hidden_states)]
-        self.update_share[connection] = norms[0] / norms[1]
+        # A hidden state of zero has no share; NaN would be no number in a file.
+        self.update_share[connection] = norms[0] / norms[1].clamp_min(torch.finfo(wide).tiny)
 
 
 @dataclass(eq=False, slots=True)
@@ -194,12 +195,25 @@ class Scoped(Generic[T]):
             self.per_thread.set(value)
         self.traced = value
 
+    def show(self) -> None:
+        """Let traced code that this thread runs next read this thread's value."""
+        if not torch.compiler.is_dynamo_compiling():
+            self.traced = self.per_thread.get()
+
 
 passes: Scoped[tuple[ForwardPass, ...]] = Scoped(())  # in flight, innermost last
-# Connections that add nothing: the key of their composed model, and their index.
+# Composed models of which only the anchor counts, by their `scope_key`, as below.
+anchor_only_keys: Scoped[frozenset[str]] = Scoped(frozenset())
+# Connections that add nothing: the key of their model, and their index.
 connections_off: Scoped[frozenset[tuple[str, int]]] = Scoped(frozenset())
-# Scales that replace those of the configuration, by the key of the composed model and a name.
+# Scales that replace those of the configuration, by the key of the model and a name.
 scales_here: Scoped[Mapping[tuple[str, str], float]] = Scoped({})
+
+
+def show_scopes() -> None:
+    """Let compiled code read what this thread switched, whatever other threads did since."""
+    for scope in (anchor_only_keys, connections_off, scales_here):
+        scope.show()
 
 
 def find_pass(key: str, running: str) -> ForwardPass | None:
