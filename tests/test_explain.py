@@ -401,6 +401,8 @@ def test_inspect_says_which_model_is_switched_off(folder, tmp_path, capsys):
     [
         (["--generate", "2"], "--generate needs --attention"),
         (["--attention", "a", "--limit", "2"], "--limit needs --usefulness"),
+        (["--attention", "a", "--length", "9"], "--length has no effect with --attention; leave"),
+        (["--attention", "a", "--batch-size", "8"], "--batch-size has no effect with --attention"),
         (["--attention", "a", "--usefulness", "d"], "--attention and --usefulness are two"),
         (["--attention", "a", "--output", "FILE"], "file', which is a file; name a folder"),
         (["--attention", ""], "what to explain has shape (0,) in tokens"),
