@@ -239,6 +239,23 @@ def test_tensorboard_holds_the_log_and_the_probes(values: dict[str, Any]) -> Non
         assert text == "\n".join(f"    {line}" for line in lines)
 
 
+def test_tensorboard_shows_each_step_of_a_killed_run_once(values: dict[str, Any]) -> None:
+    """The run was killed at step 7, two steps behind its last checkpoint."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    del values["training"]["report_to"]
+    values["training"] |= {"max_steps": 7, "save_steps": 5, "logging_steps": 1}
+    folder = train(values)
+    shutil.rmtree(folder / "checkpoint-7")
+    (file,) = (folder / "logs").iterdir()
+    file.rename(file.with_name("events.out.tfevents.0"))  # before the next, also in one second
+    train(values, resume=True)
+    assert len(list((folder / "logs").iterdir())) == 2
+    events = EventAccumulator(str(folder / "logs")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 8))
+
+
 def test_the_folder_of_the_logs_may_come_from_the_environment(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
