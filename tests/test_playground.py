@@ -26,7 +26,7 @@ from graftlm.playground import runs
 from graftlm.playground.runs import Column, Limits, Playground, Request, Run
 from graftlm.playground.sampling import Sampler
 from graftlm.playground.turns import Turns
-from tiny import character_tokenizer, save_pair
+from tiny import character_tokenizer, meddling, save_pair
 from two_tokenizers import compose_pair, word_tokenizer
 
 CHROMIUM = shutil.which("chromium")
@@ -152,6 +152,17 @@ def test_everyone_writes_what_they_would_alone(playground: Playground, model: An
     assert texts == expected
     assert len(set(texts.values())) == 3
     assert all(len(c.seconds) == len(c.ids) > 0 for c in run.columns.values())
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_the_models_files_say_nothing_of_what_is_written(
+    playground: Playground, model: Any, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = Request(prompt="1+2=", max_new_tokens=20, temperature=temperature, seed=3)
+    expected = written(playground.start("one", request))
+    for part in (model, model.anchor, model.augmenting["code"]):
+        monkeypatch.setattr(part, "generation_config", meddling(do_sample=True, top_k=1))
+    assert written(playground.start("one", request)) == expected
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])

@@ -21,7 +21,7 @@ from graftlm.probes import check_whole
 from graftlm.recipe import Recipe
 from graftlm.training import prepare, training_arguments
 from test_training import NEEDED, At, add_callback, assert_same, weights
-from tiny import character_tokenizer, quick_recipe, save_pair, sums, write_lines
+from tiny import character_tokenizer, meddling, quick_recipe, save_pair, sums, write_lines
 
 
 @pytest.fixture(scope="module")
@@ -337,6 +337,20 @@ def test_a_probe_is_what_the_composed_model_of_that_step_writes(values: dict[str
         model = ComposedForCausalLM.from_pretrained(folder / f"checkpoint-{step}").eval()
         assert text == greedy(model, prompt, 7), (step, prompt)
     assert len(set(found.values())) == 4
+
+
+def test_a_probe_is_greedy_whatever_the_anchors_files_say(
+    values: dict[str, Any], tmp_path: Path
+) -> None:
+    shutil.copytree(values["anchor"], tmp_path / "meddling")
+    meddling().save_pretrained(tmp_path / "meddling")
+    values["anchor"] = str(tmp_path / "meddling")
+    values["training"] |= {"max_steps": 1}
+    folder = train(values, **PROBES)
+    model = ComposedForCausalLM.from_pretrained(folder).eval()
+    assert model.generation_config.num_beams == 3
+    for sample in samples(folder):
+        assert sample["text"] == greedy(model, sample["prompt"], 7)
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 from graftlm import decoder
 from graftlm.causal_lm import ComposedForCausalLM
 from graftlm.explain import Explanation
+from graftlm.greedy import GREEDY
 from graftlm.playground.sampling import Sampler
 from graftlm.playground.turns import Turns
 
@@ -326,11 +327,7 @@ class Playground:
         model.generate(
             **inputs.to(model.device),
             max_new_tokens=request.max_new_tokens,
-            # Nor what the models' files say: the page shows all settings there are.
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
+            **GREEDY,  # and the sampler: the page shows all settings there are
             logits_processor=request.sampler(),
             pad_token_id=column.tokenizer.eos_token_id if pad is None else pad,
             streamer=column,
