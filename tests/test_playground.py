@@ -254,7 +254,52 @@ def test_a_run_ends_when_nobody_reads_it(playground: Playground, how: str) -> No
     assert run.is_over
     assert all(2 < len(column.ids) < 3000 for column in run.columns.values())
     assert other.stopping.is_set() == (how == "close")
-    assert list(playground.runs) == {"leave": ["two"], "close": []}.get(how, list(playground.runs))
+    left = {
+        "stop": ["one", "two"],
+        "leave": ["two"],
+        "start": ["two", "one"],
+        "close": [],
+        "looks": ["one", "two"],
+    }
+    assert list(playground.runs) == left[how]
+
+
+def test_a_refused_request_changes_nothing(playground: Playground) -> None:
+    """The page still shows the texts of the last run, whose attention may be asked for."""
+    run = playground.start("one", Request(prompt="a", max_new_tokens=3))
+    written(run)
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        playground.start("one", Request(prompt=" "))
+    assert playground.runs == {"one": run}
+    assert not run.stopping.is_set()
+    assert playground.explain("one").num_prompt == 1
+
+
+def test_close_waits_for_runs_that_were_left(
+    playground: Playground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread may be in the middle of a long prompt, where it does not look whether to stop."""
+    reached, going_on = threading.Event(), threading.Event()
+    encode = playground.encode
+
+    def slowly(*args: Any) -> Any:
+        reached.set()
+        going_on.wait()
+        return encode(*args)
+
+    monkeypatch.setattr(playground, "encode", slowly)
+    run = playground.start("one", Request(prompt="a", max_new_tokens=3))
+    reached.wait()
+    playground.leave("one")
+    closing = threading.Thread(target=playground.close)
+    closing.start()
+    closing.join(0.2)
+    assert closing.is_alive()
+    going_on.set()
+    closing.join()
+    assert not any(thread.is_alive() for thread in run.threads)
+    playground.start("two", Request(prompt="a", max_new_tokens=1)).wait()
+    assert playground.threads.isdisjoint(run.threads)
 
 
 def test_looks_end_with_the_run(playground: Playground) -> None:

@@ -222,6 +222,7 @@ class Playground:
         self.limits = limits
         self.turns = Turns()
         self.runs: dict[Hashable, Run] = {}  # the last of each visitor
+        self.threads: set[threading.Thread] = set()  # also of runs that were left
 
     @property
     def parts(self) -> list[str]:
@@ -243,10 +244,10 @@ class Playground:
         Raises:
             ValueError: If the request is refused, in one sentence.
         """
-        self.leave(visitor)
         request.check(self.limits)
         if request.chat and not self.can_chat:
             raise ValueError("the anchor's tokenizer has no chat template; choose completion")
+        self.leave(visitor)  # not before: the page goes on to show the last run of who is refused
         stopping = threading.Event()
         run = Run(
             request,
@@ -259,8 +260,10 @@ class Playground:
                 target=self.write, args=(name, column, request), name=name, daemon=True
             )
             run.threads.append(thread)
+        self.threads -= {thread for thread in self.threads.copy() if not thread.is_alive()}
         for thread in run.threads:
             thread.start()
+            self.threads.add(thread)
         return run
 
     def stop(self, visitor: Hashable) -> None:
@@ -276,12 +279,11 @@ class Playground:
             run.stop()
 
     def close(self) -> None:
-        """Stop all runs, and wait for them."""
-        runs = [self.runs.pop(visitor) for visitor in list(self.runs)]
-        for run in runs:
-            run.stop()
-        for run in runs:
-            run.wait()
+        """Stop all runs, and wait for them and for those that were left."""
+        for visitor in list(self.runs):
+            self.leave(visitor)
+        for thread in self.threads.copy():
+            thread.join()
 
     def tokenizer_of(self, name: str) -> Any:
         """The tokenizer of one part: the anchor's, unless it has one of its own."""
