@@ -353,6 +353,22 @@ def test_a_probe_is_greedy_whatever_the_anchors_files_say(
         assert sample["text"] == greedy(model, sample["prompt"], 7)
 
 
+def test_the_model_is_saved_before_it_is_probed_last(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> None:
+        raise RuntimeError("no memory left")
+
+    monkeypatch.setattr("graftlm.probes.Probes.take_last", fail)
+    values["training"] |= {"max_steps": 1}
+    with pytest.raises(RuntimeError, match="no memory left"):
+        train(values, **PROBES)
+    folder = Path(values["output_dir"])
+    assert (folder / "trainer_state.json").is_file()
+    assert not (folder / "training_args.bin").exists()
+    ComposedForCausalLM.from_pretrained(folder)
+
+
 @pytest.mark.slow
 def test_without_evaluation_probes_come_with_checkpoints_and_at_the_end(
     values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
