@@ -16,7 +16,7 @@ from graftlm.cli import main
 from graftlm.labels import labels_of, reads_right_to_left
 from graftlm.passes import Observed, PassInputs
 from graftlm.spelling import Spelling, spell
-from tiny import character_tokenizer, save_pair
+from tiny import character_tokenizer, meddling, save_pair
 from two_tokenizers import byte_tokenizer, compose_pair, word_tokenizer
 
 TEXT = "The quick brown fox"
@@ -368,6 +368,19 @@ def test_the_class_is_public():
     assert isinstance(model.explain(input_ids=[1]), graftlm.Explanation)
 
 
+def test_what_follows_the_prompt_is_greedy_whatever_the_anchors_files_say():
+    ids = torch.as_tensor(character_tokenizer()(TEXT)["input_ids"])
+    model = shared()
+    expected = ids[None]
+    for _ in range(8):
+        token = model(expected, use_cache=False).logits[:, -1].argmax(-1)
+        expected = torch.cat([expected, token[:, None]], dim=1)
+    model.generation_config = meddling(eos_token_id=None)
+    explanation = model.explain(input_ids=ids, max_new_tokens=8)
+    shown = model.explain(input_ids=expected, num_prompt=len(ids))
+    assert explanation.to_json() == shown.to_json()
+
+
 # ---- on the command line -----------------------------------------------------------------
 
 
@@ -417,6 +430,8 @@ def test_inspect_says_which_model_is_switched_off(folder, tmp_path, capsys):
     [
         (["--generate", "2"], "--generate needs --attention"),
         (["--attention", "a", "--limit", "2"], "--limit needs --usefulness"),
+        (["--attention", "a", "--length", "9"], "--length has no effect with --attention; leave"),
+        (["--attention", "a", "--batch-size", "8"], "--batch-size has no effect with --attention"),
         (["--attention", "a", "--usefulness", "d"], "--attention and --usefulness are two"),
         (["--attention", "a", "--output", "FILE"], "file', which is a file; name a folder"),
         (["--attention", ""], "what to explain has shape (0,) in tokens"),

@@ -26,7 +26,7 @@ from graftlm.playground import runs
 from graftlm.playground.runs import Column, Limits, Playground, Request, Run
 from graftlm.playground.sampling import Sampler
 from graftlm.playground.turns import Turns
-from tiny import character_tokenizer, save_pair
+from tiny import character_tokenizer, meddling, save_pair
 from two_tokenizers import compose_pair, word_tokenizer
 
 CHROMIUM = shutil.which("chromium")
@@ -155,6 +155,17 @@ def test_everyone_writes_what_they_would_alone(playground: Playground, model: An
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_the_models_files_say_nothing_of_what_is_written(
+    playground: Playground, model: Any, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = Request(prompt="1+2=", max_new_tokens=20, temperature=temperature, seed=3)
+    expected = written(playground.start("one", request))
+    for part in (model, model.anchor, model.augmenting["code"]):
+        monkeypatch.setattr(part, "generation_config", meddling(do_sample=True, top_k=1))
+    assert written(playground.start("one", request)) == expected
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_nothing_read_is_the_anchors_exact_text(playground: Playground, temperature: float) -> None:
     request = Request(
         prompt="abc", max_new_tokens=30, scales={"code": 0}, temperature=temperature, seed=4
@@ -243,7 +254,52 @@ def test_a_run_ends_when_nobody_reads_it(playground: Playground, how: str) -> No
     assert run.is_over
     assert all(2 < len(column.ids) < 3000 for column in run.columns.values())
     assert other.stopping.is_set() == (how == "close")
-    assert list(playground.runs) == {"leave": ["two"], "close": []}.get(how, list(playground.runs))
+    left = {
+        "stop": ["one", "two"],
+        "leave": ["two"],
+        "start": ["two", "one"],
+        "close": [],
+        "looks": ["one", "two"],
+    }
+    assert list(playground.runs) == left[how]
+
+
+def test_a_refused_request_changes_nothing(playground: Playground) -> None:
+    """The page still shows the texts of the last run, whose attention may be asked for."""
+    run = playground.start("one", Request(prompt="a", max_new_tokens=3))
+    written(run)
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        playground.start("one", Request(prompt=" "))
+    assert playground.runs == {"one": run}
+    assert not run.stopping.is_set()
+    assert playground.explain("one").num_prompt == 1
+
+
+def test_close_waits_for_runs_that_were_left(
+    playground: Playground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread may be in the middle of a long prompt, where it does not look whether to stop."""
+    reached, going_on = threading.Event(), threading.Event()
+    encode = playground.encode
+
+    def slowly(*args: Any) -> Any:
+        reached.set()
+        going_on.wait()
+        return encode(*args)
+
+    monkeypatch.setattr(playground, "encode", slowly)
+    run = playground.start("one", Request(prompt="a", max_new_tokens=3))
+    reached.wait()
+    playground.leave("one")
+    closing = threading.Thread(target=playground.close)
+    closing.start()
+    closing.join(0.2)
+    assert closing.is_alive()
+    going_on.set()
+    closing.join()
+    assert not any(thread.is_alive() for thread in run.threads)
+    playground.start("two", Request(prompt="a", max_new_tokens=1)).wait()
+    assert playground.threads.isdisjoint(run.threads)
 
 
 def test_looks_end_with_the_run(playground: Playground) -> None:

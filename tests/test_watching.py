@@ -21,7 +21,7 @@ from graftlm.probes import check_whole
 from graftlm.recipe import Recipe
 from graftlm.training import prepare, training_arguments
 from test_training import NEEDED, At, add_callback, assert_same, weights
-from tiny import character_tokenizer, quick_recipe, save_pair, sums, write_lines
+from tiny import character_tokenizer, meddling, quick_recipe, save_pair, sums, write_lines
 
 
 @pytest.fixture(scope="module")
@@ -239,6 +239,23 @@ def test_tensorboard_holds_the_log_and_the_probes(values: dict[str, Any]) -> Non
         assert text == "\n".join(f"    {line}" for line in lines)
 
 
+def test_tensorboard_shows_each_step_of_a_killed_run_once(values: dict[str, Any]) -> None:
+    """The run was killed at step 7, two steps behind its last checkpoint."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    del values["training"]["report_to"]
+    values["training"] |= {"max_steps": 7, "save_steps": 5, "logging_steps": 1}
+    folder = train(values)
+    shutil.rmtree(folder / "checkpoint-7")
+    (file,) = (folder / "logs").iterdir()
+    file.rename(file.with_name("events.out.tfevents.0"))  # before the next, also in one second
+    train(values, resume=True)
+    assert len(list((folder / "logs").iterdir())) == 2
+    events = EventAccumulator(str(folder / "logs")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 8))
+
+
 def test_the_folder_of_the_logs_may_come_from_the_environment(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -320,6 +337,36 @@ def test_a_probe_is_what_the_composed_model_of_that_step_writes(values: dict[str
         model = ComposedForCausalLM.from_pretrained(folder / f"checkpoint-{step}").eval()
         assert text == greedy(model, prompt, 7), (step, prompt)
     assert len(set(found.values())) == 4
+
+
+def test_a_probe_is_greedy_whatever_the_anchors_files_say(
+    values: dict[str, Any], tmp_path: Path
+) -> None:
+    shutil.copytree(values["anchor"], tmp_path / "meddling")
+    meddling().save_pretrained(tmp_path / "meddling")
+    values["anchor"] = str(tmp_path / "meddling")
+    values["training"] |= {"max_steps": 1}
+    folder = train(values, **PROBES)
+    model = ComposedForCausalLM.from_pretrained(folder).eval()
+    assert model.generation_config.num_beams == 3
+    for sample in samples(folder):
+        assert sample["text"] == greedy(model, sample["prompt"], 7)
+
+
+def test_the_model_is_saved_before_it_is_probed_last(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> None:
+        raise RuntimeError("no memory left")
+
+    monkeypatch.setattr("graftlm.probes.Probes.take_last", fail)
+    values["training"] |= {"max_steps": 1}
+    with pytest.raises(RuntimeError, match="no memory left"):
+        train(values, **PROBES)
+    folder = Path(values["output_dir"])
+    assert (folder / "trainer_state.json").is_file()
+    assert not (folder / "training_args.bin").exists()
+    ComposedForCausalLM.from_pretrained(folder)
 
 
 @pytest.mark.slow

@@ -7,7 +7,12 @@ from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+)
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<|user|>", "<|assistant|>", "<|end|>")
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
@@ -71,6 +76,28 @@ def save_pair(folder: Path) -> tuple[str, str]:
     anchor = save_model(folder / "anchor", seed=1)
     smaller = {"hidden_size": 16, "intermediate_size": 28, "num_hidden_layers": 3}
     return anchor, save_model(folder / "augmenting", seed=2, **smaller)
+
+
+def meddling(**more: Any) -> GenerationConfig:
+    """Settings as in some models' files, each of which changes what is written."""
+    settings: dict[str, Any] = {
+        "repetition_penalty": 7.0,
+        "no_repeat_ngram_size": 1,
+        "num_beams": 3,
+        "num_return_sequences": 2,
+        "min_new_tokens": 2,
+        "suppress_tokens": list(range(30, 60)),
+        "begin_suppress_tokens": list(range(60, 90)),
+        "bad_words_ids": [[90], [91]],
+        "sequence_bias": [[[token], 9.0] for token in range(10, 20)],
+        "forced_eos_token_id": 2,
+        "exponential_decay_length_penalty": (1, 2.0),
+        "guidance_scale": 1.5,
+        "stop_strings": ["a", "e"],
+        "return_dict_in_generate": True,
+    }
+    ends = {"eos_token_id": 2, "pad_token_id": 0}
+    return GenerationConfig(**settings | ends | more)
 
 
 def write_lines(path: Path, *rows: Any) -> str:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from graftlm import decoder
 from graftlm.augmenting_tokens import HOLE
 from graftlm.config import Connection
+from graftlm.greedy import GREEDY
 from graftlm.own_tokens import has_reader, read_tokens
 from graftlm.passes import Observed, PassInputs
 from graftlm.spelling import Spelling, spell
@@ -199,12 +200,8 @@ def continue_greedily(
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=max_new_tokens,
-        do_sample=False,
-        # Not what the anchor's files say: transformers warns of sampling settings in greedy search.
-        temperature=None,
-        top_p=None,
-        top_k=None,
         pad_token_id=0,  # a single row is never padded
+        **GREEDY,
     )
 
 

@@ -16,6 +16,7 @@ from transformers import (
 )
 from transformers.integrations import TensorBoardCallback
 
+from graftlm.greedy import GREEDY
 from graftlm.recipe import Recipe
 from graftlm.trainer import ComposedTrainer
 
@@ -113,11 +114,7 @@ class Probes(TrainerCallback):
                 **inputs.to(model.device),
                 max_new_tokens=self.num_tokens,
                 pad_token_id=self.tokenizer.eos_token_id,  # unused, but generate asks for one
-                # The anchor's files may ask for sampling; transformers warns of its settings.
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
+                **GREEDY,
             )
         model.train(was_training)
         written = ids[0, inputs["input_ids"].shape[1] :]

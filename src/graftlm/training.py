@@ -119,11 +119,11 @@ class Training:
                 folder = str(Path(self.recipe.output_dir, f"checkpoint-{step}"))
                 return Outcome(folder=folder, step=step, metrics={}, stopped_by=interruption.signal)
             metrics = self.final_metrics(trainer)
-            probes.take_last(trainer.state)
-        trainer.save_model()
-        trainer.save_state()
-        # Trainer leaves its arguments as a pickle; what we hand over holds none.
-        Path(self.recipe.output_dir, "training_args.bin").unlink(missing_ok=True)
+            trainer.save_model()
+            trainer.save_state()
+            # Trainer leaves its arguments as a pickle; what we hand over holds none.
+            Path(self.recipe.output_dir, "training_args.bin").unlink(missing_ok=True)
+            probes.take_last(trainer.state)  # behind all that must not be lost if it fails
         if trainer.is_world_process_zero():
             self.record({"state": "finished", "step": step, "metrics": metrics})
         return Outcome(folder=self.recipe.output_dir, step=step, metrics=metrics)

@@ -64,6 +64,16 @@ class TensorBoardLogs(TensorBoardCallback):
         super().__init__()
         self.logging_dir = self.logging_dir or str(folder)
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Hide what a killed run wrote behind the checkpoint: these steps come again."""
+        if state.is_world_process_zero and self.tb_writer is None:
+            self.tb_writer = self._SummaryWriter(
+                log_dir=self.logging_dir, purge_step=state.global_step + 1
+            )
+        super().on_train_begin(args, state, control, **kwargs)
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

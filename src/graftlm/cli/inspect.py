@@ -14,6 +14,7 @@ SHARED = (
     *("output", "device", "anchor", "augmenting"),
     *("dtype", "device_map", "quantize", "trust_remote_code"),
 )
+BATCH = ("batch_size", "length")  # what --attention, which reads one text, has no use for
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +24,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-size",
         type=int,
-        default=8,
         metavar="N",
         help="examples to estimate memory for, or to run at once (default: 8)",
     )
@@ -45,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
     """Show the model that the configuration describes, or measure."""
     wanted = [verb for verb in MEASURING if getattr(args, verb) is not None]
     check_options(args, wanted)
+    args.batch_size = 8 if args.batch_size is None else args.batch_size
     if wanted:
         return MEASURING[wanted[0]][0].run(args)
     from graftlm.checkpoint import read_config
@@ -76,10 +77,14 @@ def check_options(args: argparse.Namespace, wanted: list[str]) -> None:
         for name in names:
             if verb not in wanted and getattr(args, name) is not None:
                 raise ValueError(f"--{name} needs --{verb}")
-    for name in SHARED:
-        if not wanted and getattr(args, name) is not None:
+    for name in () if wanted else SHARED:
+        if getattr(args, name) is not None:
             option = name.replace("_", "-")
             raise ValueError(f"--{option} needs --attention TEXT or --usefulness DATA")
+    for name in BATCH if "attention" in wanted else ():
+        if getattr(args, name) is not None:
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} has no effect with --attention; leave it out")
 
 
 def show_bases(console: Any, config: Any) -> None:

@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Load the model, serve the page, and wait for Ctrl-C."""
+    check_address(args.host, args.port)
     port = free_port(args.host, PORTS if args.port is None else range(args.port, args.port + 1))
     try:
         import gradio  # noqa: F401 (before the models are loaded, which may take minutes)
@@ -75,6 +76,20 @@ def title(folder: str) -> str:
     return folder.rstrip("/").rpartition("/")[2] or "playground"
 
 
+def check_address(host: str, port: int | None) -> None:
+    """Refuse what no page can be served at.
+
+    Raises:
+        ValueError: If there is no such port, or the host is an IPv6 address.
+    """
+    if port is not None and port not in range(1, 65536):
+        raise ValueError(f"--port is {port}, but must be from 1 to 65535")
+    if ":" in host:  # Gradio would fail after the models are loaded
+        raise ValueError(
+            f"--host is {host!r}, but must be a name or an IPv4 address, such as 127.0.0.1"
+        )
+
+
 def free_port(host: str, ports: range) -> int:
     """The first of these ports that nobody uses.
 
@@ -83,8 +98,7 @@ def free_port(host: str, ports: range) -> int:
     """
     reason = ""
     for port in ports:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        with socket.socket(family) as tried:
+        with socket.socket() as tried:
             tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 tried.bind((host, port))

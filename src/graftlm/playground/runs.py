@@ -16,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 from graftlm import decoder
 from graftlm.causal_lm import ComposedForCausalLM
 from graftlm.explain import Explanation
+from graftlm.greedy import GREEDY
 from graftlm.playground.sampling import Sampler
 from graftlm.playground.turns import Turns
 
@@ -221,6 +222,7 @@ class Playground:
         self.limits = limits
         self.turns = Turns()
         self.runs: dict[Hashable, Run] = {}  # the last of each visitor
+        self.threads: set[threading.Thread] = set()  # also of runs that were left
 
     @property
     def parts(self) -> list[str]:
@@ -242,10 +244,10 @@ class Playground:
         Raises:
             ValueError: If the request is refused, in one sentence.
         """
-        self.leave(visitor)
         request.check(self.limits)
         if request.chat and not self.can_chat:
             raise ValueError("the anchor's tokenizer has no chat template; choose completion")
+        self.leave(visitor)  # not before: the page goes on to show the last run of who is refused
         stopping = threading.Event()
         run = Run(
             request,
@@ -258,8 +260,10 @@ class Playground:
                 target=self.write, args=(name, column, request), name=name, daemon=True
             )
             run.threads.append(thread)
+        self.threads -= {thread for thread in self.threads.copy() if not thread.is_alive()}
         for thread in run.threads:
             thread.start()
+            self.threads.add(thread)
         return run
 
     def stop(self, visitor: Hashable) -> None:
@@ -275,12 +279,11 @@ class Playground:
             run.stop()
 
     def close(self) -> None:
-        """Stop all runs, and wait for them."""
-        runs = [self.runs.pop(visitor) for visitor in list(self.runs)]
-        for run in runs:
-            run.stop()
-        for run in runs:
-            run.wait()
+        """Stop all runs, and wait for them and for those that were left."""
+        for visitor in list(self.runs):
+            self.leave(visitor)
+        for thread in self.threads.copy():
+            thread.join()
 
     def tokenizer_of(self, name: str) -> Any:
         """The tokenizer of one part: the anchor's, unless it has one of its own."""
@@ -326,11 +329,7 @@ class Playground:
         model.generate(
             **inputs.to(model.device),
             max_new_tokens=request.max_new_tokens,
-            # Nor what the models' files say: the page shows all settings there are.
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
+            **GREEDY,  # and the sampler: the page shows all settings there are
             logits_processor=request.sampler(),
             pad_token_id=column.tokenizer.eos_token_id if pad is None else pad,
             streamer=column,
