@@ -195,6 +195,7 @@ def prepare(folder: Path) -> None:
     model.save_pretrained(folder / "composed")
     write_tasks(folder / "tasks")
     shutil.copytree(ROOT / "examples", folder / "examples")
+    shutil.copy(ROOT / "examples" / "data.jsonl", folder / "held_out.jsonl")
     recipe = (ROOT / "examples" / "train.yaml").read_text()
     recipe = recipe.replace("path/or/hub-id-of-the-anchor", "anchor")
     recipe = recipe.replace("path/or/hub-id-of-a-specialist", "specialist")
