@@ -191,7 +191,7 @@ def prepare(folder: Path) -> None:
         for name in names:
             model.save_pretrained(folder / name)
             tokenizer.save_pretrained(folder / name)
-    model = compose(folder / "anchor", {"code": folder / "specialist"}, every=2)
+    model = compose(folder / "anchor", {"code": folder / "specialist"}, every=1)
     model.save_pretrained(folder / "composed")
     write_tasks(folder / "tasks")
     shutil.copytree(ROOT / "examples", folder / "examples")
