@@ -36,20 +36,11 @@ def run(args: argparse.Namespace) -> int:
         ValueError: If the results would go into a file.
     """
     from graftlm.cli.show import output
-    from graftlm.evaluation import load
 
     folder = Path(args.output or FOLDER)
     if folder.is_file():
         raise ValueError(f"--output is {str(folder)!r}, which is a file; name a folder")
-    how = options.loading(args)
-    model = load(
-        args.folder,
-        args.device,
-        anchor=args.anchor,
-        augmenting=options.named(args.augmenting),
-        quantization_config=how.pop("quantize", None),
-        **how,
-    )
+    model = options.load_composed(args)
     explanation = model.explain(args.attention, max_new_tokens=args.generate or 0)
     console = output()
     show_changes(console, explanation)

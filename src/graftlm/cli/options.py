@@ -153,6 +153,21 @@ def loading(args: argparse.Namespace) -> dict[str, Any]:
     )
 
 
+def load_composed(args: argparse.Namespace) -> Any:
+    """The composed model of a folder, on a device, as the options of models and loading say."""
+    from graftlm.evaluation import load  # torch; `--help` does without
+
+    how = loading(args)
+    return load(
+        args.folder,
+        args.device,
+        anchor=args.anchor,
+        augmenting=named(args.augmenting),
+        quantization_config=how.pop("quantize", None),
+        **how,
+    )
+
+
 def given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
     """The options among these that were given."""
     return {name: value for name in names if (value := getattr(args, name)) is not None}

@@ -32,21 +32,12 @@ def run(args: argparse.Namespace) -> int:
     if args.prune is not None and args.output is None:
         raise ValueError("--prune needs --output FOLDER, for the pruned model")
     from graftlm.cli.show import output
-    from graftlm.evaluation import load
     from graftlm.pruning import prune
     from graftlm.usefulness import rank_connections
 
     if args.output is not None:
         check_output(Path(args.output), args.prune is not None)
-    how = options.loading(args)
-    model = load(
-        args.folder,
-        args.device,
-        anchor=args.anchor,
-        augmenting=options.named(args.augmenting),
-        quantization_config=how.pop("quantize", None),
-        **how,
-    )
+    model = options.load_composed(args)
     console = output()
     settings: dict[str, Any] = {
         "limit": args.limit,
