@@ -582,7 +582,10 @@ def test_processes_share_the_work(models: tuple[str, str], tmp_path: Path) -> No
         "write = caching.write_part\n"
         "def noted(folder, layout, number, *rest):\n"
         "    write(folder, layout, number, *rest)\n"
-        "    print('rank', torch.distributed.get_rank(), 'wrote', number, flush=True)\n"
+        # A file a process: lines of two processes on one output run into each other.
+        "    rank = torch.distributed.get_rank()\n"
+        f"    with open({str(tmp_path)!r} + f'/rank-{{rank}}', 'a') as file:\n"
+        "        print(number, file=file)\n"
         "caching.write_part, caching.PART_BYTES = noted, 1\n"
         f"model = compose({models[0]!r}, {models[1]!r}, every=2)\n"
         f"print(len(caching.cache_states(model, examples(), {str(tmp_path / 'shared')!r})))\n"
@@ -603,8 +606,8 @@ def test_processes_share_the_work(models: tuple[str, str], tmp_path: Path) -> No
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert ran.returncode == 0, ran.stderr
-    wrote = sorted(line for line in ran.stdout.splitlines() if line.startswith("rank"))
-    assert wrote == ["rank 0 wrote 0", "rank 0 wrote 2", "rank 1 wrote 1", "rank 1 wrote 3"]
+    wrote = [sorted((tmp_path / f"rank-{rank}").read_text().split()) for rank in (0, 1)]
+    assert wrote == [["0", "2"], ["1", "3"]]
     model = compose(*models, every=2)
     alone = cache_states(model, examples(), tmp_path / "alone", batch_size=1)
     shared = StatesCache(tmp_path / "shared")
