@@ -39,7 +39,7 @@ from graftlm.reproduce.example import Example
 from graftlm.reproduce.experiment import Experiment, Goal, Models, Test
 from graftlm.reproduce.metrics import Answer
 from graftlm.reproduce.systems import SYSTEMS, System
-from tiny import character_tokenizer, save_model
+from tiny import character_tokenizer, meddling, save_model
 
 QUIET = Console(quiet=True)
 
@@ -263,6 +263,8 @@ def test_answers_are_what_generate_says(experiment: Experiment, models: Models) 
         output = made.model.generate(input_ids=prompt, do_sample=False, max_new_tokens=6)
         assert made.tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True) == text
         assert ended == (made.tokenizer.eos_token_id in output[0, prompt.shape[1] :].tolist())
+    made.model.generation_config = meddling()
+    assert answering.say(made, some, test, batch_size=5) == together
 
 
 def test_answers_end_where_the_test_says() -> None:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase
 
+from graftlm.greedy import GREEDY
 from graftlm.reproduce.encoding import IGNORED, Features, pad
 from graftlm.reproduce.example import Example
 from graftlm.reproduce.experiment import Test
@@ -110,7 +111,7 @@ def generate(runner: Runner, prompts: Features, length: int, stop: str | None) -
     with torch.autocast(device.type, torch.bfloat16, enabled=runner.bf16):
         output = runner.model.generate(
             **inputs,
-            do_sample=False,
+            **GREEDY,
             max_new_tokens=length,
             eos_token_id=ends(runner.tokenizer, stop),
             pad_token_id=runner.tokenizer.eos_token_id,
