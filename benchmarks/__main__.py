@@ -54,11 +54,12 @@ class Options:
 
 
 def training(options: Options) -> Iterator[Row]:
-    """Times of a training step, for the paper's spacing and from the middle of the anchor on."""
+    """Times of a training step: the paper's spacing, from the middle on, and narrow bridges."""
     shapes = [(2, 128), (1, 512)] if options.quick else [(2, 128), (1, 512), (1, 2048)]
     settings = [
-        replace(options.base, batch=batch, length=length, connections=connections)
+        replace(options.base, batch=batch, length=length, connections=connections, narrow=narrow)
         for batch, length in ([(2, 16)] if options.is_tiny else shapes)
+        for narrow in (False, True)
         for connections in training_step.GOALS
     ]
     settings += [replace(s, augmenting=("tenth",)) for s in settings if s.length == 512]
@@ -98,11 +99,11 @@ def tokens(options: Options) -> Iterator[Row]:
     prompts = [64, 1024] if options.quick else [64, 1024, 8192]
     for prompt in [8] if options.is_tiny else prompts:
         for batch in (1, 8):
-            setting = replace(options.base, batch=batch, length=prompt)
-            yield decoding.compare(
-                setting, tokens=4 * options.rounds, prefills=options.rounds if prompt < 1024 else 1
-            )
-            yield compiled.compare(setting, tokens=64, rounds=options.rounds)
+            for narrow in (False, True):
+                setting = replace(options.base, batch=batch, length=prompt, narrow=narrow)
+                prefills = options.rounds if prompt < 1024 else 1
+                yield decoding.compare(setting, tokens=4 * options.rounds, prefills=prefills)
+                yield compiled.compare(setting, tokens=64, rounds=options.rounds)
 
 
 def curves(options: Options) -> Iterator[Row]:

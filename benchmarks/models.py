@@ -54,6 +54,7 @@ class Setting:
             parameters.
         connections: "paper" for every fourth augmenting layer, evenly over the anchor; "middle"
             for half as many, over the anchor's upper half; or a number, evenly over both.
+        narrow: Bridges of a sixth of the anchor's width, with a third of its heads.
         batch, length: Of the training step, or the prompt.
         checkpointing: Whether activations are computed again in the backward pass.
     """
@@ -61,6 +62,7 @@ class Setting:
     size: str = "small"
     augmenting: tuple[str, ...] = ("half",)
     connections: str | int = "paper"
+    narrow: bool = False
     batch: int = 1
     length: int = 512
     checkpointing: bool = False
@@ -90,7 +92,8 @@ class Case:
     def compose(self) -> ComposedForCausalLM:
         """The composed model, of twins of the models."""
         augmenting = {name: twin(model) for name, model in self.augmenting.items()}
-        return compose(twin(self.anchor), augmenting, connections=self.connections)
+        size = narrow_bridges(self.anchor.config) if self.setting.narrow else {}
+        return compose(twin(self.anchor), augmenting, connections=self.connections, **size)
 
     def highest(self, name: str) -> int:
         """The highest layer of an augmenting model that is read."""
@@ -116,6 +119,12 @@ def narrowed(config: PreTrainedConfig, factor: int) -> PreTrainedConfig:
     config.intermediate_size //= factor
     config.head_dim = config.hidden_size // config.num_attention_heads
     return config
+
+
+def narrow_bridges(config: PreTrainedConfig) -> dict[str, Any]:
+    """Arguments of `compose`: a sixth of the anchor's width, a third of its heads."""
+    num_heads = max(config.num_attention_heads // 3, 1)
+    return {"width": config.hidden_size // 6 // num_heads * num_heads, "num_heads": num_heads}
 
 
 @functools.cache

@@ -145,13 +145,14 @@ def with_lora(case: Case) -> Any:
         sum(m.in_features + m.out_features for m in linears(layer)) for layer in anchor.model.layers
     ]
     rank, rest = divmod(wanted, sum(per_layer))
-    assert rank > 0, "the bridges train fewer parameters than LoRA of rank 1"
     higher = round(rest / per_layer[0])
+    lowest = "|".join(map(str, range(higher)))
     config = LoraConfig(
-        r=rank,
-        lora_alpha=2 * rank,
-        target_modules="all-linear",
-        rank_pattern={rf".*\.layers\.{k}\..*": rank + 1 for k in range(higher)},
+        r=max(rank, 1),
+        lora_alpha=2 * max(rank, 1),
+        # With too few parameters even for rank 1, the lowest layers alone get it.
+        target_modules="all-linear" if rank else rf".*\.layers\.({lowest})\..*_proj",
+        rank_pattern={rf".*\.layers\.({lowest})\..*": rank + 1} if higher else {},
         task_type="CAUSAL_LM",
     )
     return get_peft_model(anchor, config)
