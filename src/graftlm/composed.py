@@ -11,12 +11,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, StaticCache, StaticLayer
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from graftlm import decoder
-from graftlm.alignment import Alignment, Blocks, align, packed_segments, readable_keys
 from graftlm.augmenting_tokens import AugmentingTokens, ReadingCache
 from graftlm.bases import role_of
 from graftlm.bridge import Bridge
@@ -35,6 +34,7 @@ from graftlm.passes import (
     show_scopes,
 )
 from graftlm.reading import Reader
+from graftlm.shared_tokens import run_shared
 
 
 class ComposedPreTrainedModel(PreTrainedModel):
@@ -302,63 +302,9 @@ class ComposedModel(ComposedPreTrainedModel):
             if has_reader(self, name):
                 run_reader(self, forward_pass, name, inputs)
             else:
-                self.run_augmenting(forward_pass, name, inputs)
+                run_shared(self, forward_pass, name, inputs)
         forward_pass.running = "anchor"
         return forward_pass
-
-    def run_augmenting(
-        self,
-        forward_pass: ForwardPass,
-        name: str,
-        inputs: PassInputs,
-    ) -> None:
-        """Capture the hidden states of the tokens one augmenting model has not seen yet."""
-        cache, input_ids = forward_pass.cache, inputs.tokens_to_read
-        attention_mask, prompt_mask = inputs.attention_mask, inputs.prompt_mask
-        position_ids, (batch, length) = inputs.position_ids, input_ids.shape
-        layer = None if cache is None else self.bridge_layer(cache, name)
-        past, kept, new = self.count_tokens(name, cache, layer, length, prompt_mask)
-        if inputs.frozen_states is not None:
-            take_states(self, forward_pass, name, inputs.frozen_states, input_ids.shape, new)
-        elif new:
-            view = self.running_view(name)
-            self.check_vocabulary(name, view, input_ids)
-            arguments = decoder.call_arguments(
-                view,
-                input_ids=input_ids[:, :new],
-                attention_mask=first_columns(part_of(attention_mask, name), new - length),
-                query_length=new,
-                cache=None if cache is None else cache.augmenting[name],
-                position_ids=None if position_ids is None else position_ids[:, :new],
-            )
-            self.capture(forward_pass, name, arguments)
-        # A static cache shows its empty slots to the attention too.
-        key_length: Any = layer.max_cache_len if isinstance(layer, StaticLayer) else kept + new
-        if key_length == 0:
-            return
-        segments = None
-        if cache is None and attention_mask is None and position_ids is not None:
-            segments = packed_segments(position_ids.expand(batch, -1))
-        width = batch * self.num_bridge_heads * key_length
-        readable = readable_keys(part_of(attention_mask, "bridges"), prompt_mask, key_length)
-
-        def make(start: int, end: int) -> Alignment:
-            # No token of a block reads what lies behind its last one.
-            seen = key_length if end == length else min(key_length, int(past) + end)
-            return align(
-                past_length=past + start,
-                query_length=end - start,
-                kept_length=kept,
-                new_length=new,
-                key_length=seen,
-                readable=readable,
-                segments=segments,
-                position=self.config.bridge.position,
-                num_heads=self.num_bridge_heads,
-                device=input_ids.device,
-            )
-
-        forward_pass.plan[name] = Blocks(make, length, width, cache is not None)
 
     def capture(self, forward_pass: ForwardPass, name: str, arguments: dict[str, Any]) -> None:
         """Run one augmenting model; its hooks keep the hidden states we read."""
@@ -368,58 +314,6 @@ class ComposedModel(ComposedPreTrainedModel):
             view(**move_to_device(arguments, decoder.device_of(view.get_input_embeddings())))
         if view.dtype == torch.float16 and not torch.compiler.is_compiling():
             check_finite(forward_pass, name)
-
-    def count_tokens(
-        self,
-        name: str,
-        cache: ComposedCache | None,
-        layer: Any,
-        length: int,
-        prompt_mask: Tensor | None,
-    ) -> tuple[int | Tensor, int | Tensor, int]:
-        """Tokens before this pass, keys kept from before, and tokens still to be read."""
-        prompt_only = self.config.reads == "prompt"
-        prompt_length = None if prompt_mask is None else prompt_mask.shape[1]
-        if cache is None:
-            if prompt_only and prompt_length is not None:
-                return 0, 0, min(prompt_length, length)
-            return 0, 0, length
-        if torch.compiler.is_compiling() and isinstance(layer, StaticLayer):
-            # Lengths are tensors here. A prompt is read in the first, eager pass only.
-            read_before = prompt_only and layer.is_initialized
-            past = cache.get_seq_length() if prompt_only else layer.get_seq_length()
-            return past, layer.get_seq_length(), 0 if read_before else length
-        past, kept, new = int(cache.get_seq_length()), int(layer.get_seq_length()), length
-        if prompt_only:
-            end = prompt_length if prompt_length is not None else (0 if past else length)
-            new = max(0, min(end - past, length))
-        if new and kept != past:
-            raise ValueError(
-                f"the cache holds {past} tokens, of which augmenting model {name!r} has read "
-                f"{kept}, so it cannot read on; it was switched off or reads only prompts: "
-                "start with a fresh cache"
-            )
-        return past, kept, new
-
-    def bridge_layer(self, cache: ComposedCache, name: str) -> Any:
-        """The cache layer of the first bridge of one augmenting model."""
-        index = next(i for i, c in enumerate(self.config.connections) if c.augmenting == name)
-        return cache.bridges.layers[index]
-
-    def check_vocabulary(self, name: str, view: PreTrainedModel, input_ids: Tensor) -> None:
-        """Refuse token ids that an augmenting model of smaller vocabulary does not have.
-
-        Raises:
-            ValueError: Naming the id.
-        """
-        size = view.config.vocab_size
-        if size < self.config.vocab_size and not torch.compiler.is_compiling():
-            largest = int(input_ids.max())
-            if largest >= size:
-                raise ValueError(
-                    f"input_ids holds token {largest}, but augmenting model {name!r} has tokens 0 "
-                    f"to {size - 1} only, and so has the tokenizer of the two"
-                )
 
     def apply_bridges(
         self,
@@ -580,11 +474,6 @@ def check_finite(forward_pass: ForwardPass, name: str) -> None:
                 f"hidden states of augmenting model {name!r} at layer {layer} are beyond the range "
                 "of float16; load it in bfloat16 or float32 (dtype=)"
             )
-
-
-def first_columns(mask: Any, surplus: int) -> Any:
-    """A (batch, past + seq) mask without its last columns; `surplus` is minus their number."""
-    return mask[:, :surplus] if surplus and isinstance(mask, Tensor) else mask
 
 
 def move_to_device(arguments: dict[str, Any], device: torch.device) -> dict[str, Any]:
