@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 
 from graftlm.gguf import sha256
-from graftlm.reproduce import code_data, code_functions, code_sources
+from graftlm.reproduce import code, code_data, code_functions, code_sources
 from graftlm.reproduce.code_data import COMPLETE, DESCRIBE, WRITE, load_data
 from graftlm.reproduce.code_functions import read_packages
 from graftlm.reproduce.code_sources import load_codexglue, load_mbpp
 from graftlm.reproduce.code_tests import body, outcomes, pass_at_k, passes, program
-from graftlm.reproduce.example import Example
+from graftlm.reproduce.domain import REPLAY
+from graftlm.reproduce.example import Data, Example
 from graftlm.reproduce.packages import data_folder
 
 PROMPT = 'def double(n):\n    """Twice n.\n    >>> double(3)\n    6\n    """\n'
@@ -261,6 +262,16 @@ def test_packages_are_held_out_whole(folder, cache):
     assert again == data
 
 
+def test_plain_english_is_in_the_composition_and_not_in_the_test(folder, cache, monkeypatch):
+    monkeypatch.setattr(code_data, "NUM_RETENTION", 1)
+    data = load_data(num_tests=2, num_shots=1, folders={"here": folder}, cache=cache)
+    plain = [one for one in data.composition if one.group == "text"]
+    assert len(plain) == (len(data.composition) - len(plain)) // REPLAY
+    read = " ".join(one.target for one in plain)
+    [kept] = data.retention["text"]
+    assert kept.target not in read
+
+
 def test_the_three_tasks(folder, cache):
     data = load_data(folders={"here": folder}, cache=cache)
     first = {
@@ -377,6 +388,27 @@ def test_mbpp(tmp_path):
         "import os\nos._exit(0)",
     ]
     assert passes([first] * 5, answers, allowed=True) == [True, True, False, False, False]
+
+
+def test_files_that_are_in_no_package_can_be_tested_on(tmp_path, monkeypatch):
+    mbpp = write_rows(tmp_path / "mbpp.jsonl", [mbpp_row(k) for k in (2, 3, 4, 11, 12)])
+    row = {"code": "def f():\n    return 1", "docstring": "Give one."}
+    glue = write_rows(tmp_path / "test.jsonl", [row])
+    monkeypatch.setattr(
+        code,
+        "load_data",
+        lambda num_tests: Data(composition=[], tests={"HumanEval": {}, "other packages": {}}),
+    )
+    experiment = code.experiment("quick", mbpp=str(mbpp), codexglue=[str(glue)])
+    tests = experiment.data(0).tests
+    assert list(tests) == ["HumanEval", "other packages", "MBPP", "CodeXGLUE"]
+    assert set(tests) < set(experiment.tests)
+    assert len(tests["MBPP"]["MBPP"]) == 2
+    assert [one.target for one in tests["CodeXGLUE"][DESCRIBE]] == [" Give one"]
+    alone = code.experiment("quick", no_programs=True)
+    assert list(alone.data(0).tests) == ["other packages"]
+    with pytest.raises(ValueError, match=r"--mbpp .* which --no-programs leaves out; give one"):
+        code.experiment("quick", no_programs=True, mbpp=str(mbpp))
 
 
 def test_incomplete_mbpp_files_are_refused(tmp_path):

@@ -193,7 +193,6 @@ def test_flores_has_five_shots_and_chrf(folder, tmp_path, monkeypatch):
     options: dict[str, Any] = {"parts": ["anchor"], "output": tmp_path / "out"}
     report = evaluate(folder, ["flores200_lij_en"], **options)["parts"]["anchor"]
     assert report["n-shot"] == {"flores200_lij_en": 5}
-    assert report["results"]["flores200_lij_en"]["chrf,none"] >= 0
     path = tmp_path / "out" / "samples" / "anchor" / "flores200_lij_en.jsonl"
     samples = [json.loads(line) for line in path.read_text().splitlines()]
     assert [sample["target"] for sample in samples] == [f"word devtest {n}" for n in range(3)]

@@ -1,12 +1,15 @@
 """The harness of the experiments, on tiny models: systems, scores, comparisons, the whole way."""
 
+import argparse
 import json
 import math
+import multiprocessing
 import os
 import sys
-from concurrent.futures import Future
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,15 +20,19 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from sacrebleu.metrics import CHRF as SACREBLEU
+from scipy.stats import ttest_1samp
 
 import tiny_experiment
 from graftlm import ComposedForCausalLM
 from graftlm.reproduce import (
     answering,
+    code,
     comparison,
+    domain,
     encoding,
     fitting,
     flags,
+    hardware,
     jobs,
     kv_arithmetic,
     kv_two_models,
@@ -34,6 +41,7 @@ from graftlm.reproduce import (
     run,
     runner,
     statistics,
+    translate,
 )
 from graftlm.reproduce.example import Example
 from graftlm.reproduce.experiment import Experiment, Goal, Models, Test
@@ -209,6 +217,7 @@ def test_the_interval_holds_the_difference_and_seeds_widen_it() -> None:
     assert found.difference == pytest.approx(150)
     assert found.low < 100 < 200 < found.high  # the seeds differ, the examples do not
     assert found.seeds == 4
+    assert found.p == pytest.approx(ttest_1samp([0.0, 100.0, 200.0, 300.0], 0.0).pvalue)
 
 
 def test_only_common_seeds_are_compared() -> None:
@@ -369,7 +378,8 @@ def test_the_whole_experiment(tmp_path: Path, experiment: Experiment) -> None:
     assert len(cells["composed"]["seeds"]) == 2
     assert cells["composed"]["against"] is None
     assert cells["lora"]["against"]["seeds"] == 1
-    assert results["table"]["before"]["text"]["perplexity"]["anchor"]["mean"] > 1
+    # Untrained models of 100 characters or so find all of them about equally likely.
+    assert 50 < results["table"]["before"]["text"]["perplexity"]["anchor"]["mean"] < 200
     assert {goal["says"] for goal in results["goals"]} == {"near is beaten", "English survives"}
     weights = {name: cost["weights"] for name, cost in results["costs"].items()}
     assert weights["anchor"] == 0 < weights["composed"] < weights["full"]
@@ -473,21 +483,170 @@ def test_a_killed_process_is_explained(
         list(jobs.outcomes(study, jobs.jobs_of(experiment, [("composed", 1)]), 2, QUIET))
 
 
-def test_each_process_sees_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def seen_gpu(number: int) -> str:
+    """What a process of the pool may use."""
+    del number
+    return os.environ["CUDA_VISIBLE_DEVICES"]
+
+
+@pytest.mark.slow
+def test_each_process_has_a_gpu_that_no_other_has() -> None:
+    """More processes than GPUs, one after another: each takes one, and gives it back."""
+    context = multiprocessing.get_context("spawn")
+    free = context.SimpleQueue()
+    for gpu in ("3", "5"):
+        free.put(gpu)
+    with ProcessPoolExecutor(
+        2,
+        mp_context=context,
+        max_tasks_per_child=1,
+        initializer=jobs.prepare_process,
+        initargs=(1, free),
+    ) as pool:
+        found = list(pool.map(seen_gpu, range(5), timeout=300))
+    assert set(found) <= {"3", "5"}
+    assert sorted(free.get() for _ in range(2)) == ["3", "5"]
+    assert free.empty()
+
+
+def test_all_gpus_that_may_be_used_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    monkeypatch.setattr(jobs, "run_job", lambda *args: None)
-    gpus = jobs.visible_gpus()
-    seen = []
-    nothing: Any = None
-    for number in (1, 2, 3):
-        process: Any = SimpleNamespace(_identity=(number,))
-        monkeypatch.setattr(jobs.multiprocessing, "current_process", lambda p=process: p)
-        jobs.run_alone(nothing, nothing, nothing, torch.get_num_threads(), gpus)
-        seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
-    assert seen == ["5", "3", "5"]
+    assert jobs.visible_gpus() == ["3", "5"]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert jobs.visible_gpus() == ["0", "1"]
+
+
+def test_a_trainer_keeps_to_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        hardware, "TrainingArguments", lambda **settings: SimpleNamespace(n_gpu=4, **settings)
+    )
+    args: Any = hardware.on_one_device(max_steps=3)
+    assert (args._n_gpu, args.max_steps) == (1, 3)
+
+
+def test_what_is_tested_twice_is_trained_once(experiment: Experiment) -> None:
+    """Whether it is asked for or not, so that it can be added without training again."""
+    alone = jobs.jobs_of(experiment, [("composed", 2)])
+    assert alone == jobs.jobs_of(experiment, [("composed", 2), ("wrong-test", 1)])
+    assert [job.also for job in alone] == [("wrong-test",)] * 2
+
+
+def test_a_share_of_the_examples_is_drawn_from_all(experiment: Experiment, models: Models) -> None:
+    made = make(experiment, models, "composed")
+    data = replace(experiment.data(0), composition=[*examples("Up", 16), *examples("Down", 16)])
+    settings = replace(experiment.training, examples=64, distinct=0.25)
+    drawn = {
+        seed: {
+            e.prompt
+            for _, some in jobs.stages(System(title=""), made, data, settings, seed)
+            for e in some
+        }
+        for seed in (0, 1)
+    }
+    assert [len(found) for found in drawn.values()] == [8, 8]
+    assert drawn[0] != drawn[1]
+    assert {prompt.split(":")[0] for prompt in drawn[0]} == {"Up", "Down"}
+
+
+def test_the_domain_is_read_before_the_composition(experiment: Experiment, models: Models) -> None:
+    made = make(experiment, models, "lora")
+    [(title, domain), (_, rest)] = jobs.stages(
+        experiment.system("lora-domain"), made, experiment.data(0), experiment.training, 0
+    )
+    assert title == " (domain)"
+    assert {e.group for e in domain} == {"text"}
+    assert {e.group for e in rest} == {"Up", "Down"}
+
+
+def test_plain_texts_of_all_kinds_are_mixed_in() -> None:
+    task = examples(number=20)
+    texts = (["one. " * 200, "two"], ["three"] * 9)
+    found = domain.with_replay(task, *texts)
+    assert found[:20] == task
+    added = found[20:]
+    assert len(added) == 20 // domain.REPLAY
+    assert all(one.prompt == "" and len(one.target) <= domain.LENGTH for one in added)
+    assert [one.target == "three" for one in added] == [False, True, False, True]
+    assert len(domain.with_replay(examples(number=30), ["only"])) == 30 + 30 // domain.REPLAY
+
+
+def test_what_is_only_tested_is_known_by_its_tests(experiment: Experiment) -> None:
+    """Another D_C is trained on anew, and what does not train is not asked again."""
+    both = jobs.jobs_of(experiment, [("anchor", 1), ("composed", 1)])
+    before = jobs.data_hashes(experiment, both)
+    other = replace(experiment, data=partial(experiment.data, size=4))
+    after = jobs.data_hashes(other, both)
+    assert [before[job] == after[job] for job in both] == [True, False]
+
+
+def test_the_pipelines_parts_are_shown_what_they_are_asked(
+    experiment: Experiment, models: Models, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """m_A the examples of its own row, m_B examples that carry what m_A said."""
+    asked: list[str] = []
+
+    def say(runner: Any, some: Any, *_: Any) -> list[tuple[str, bool]]:
+        asked.extend(runner.tokenizer.decode(found["input_ids"]) for found in runner.encode(some))
+        return [("a hint", True)] * len(some)
+
+    monkeypatch.setattr(jobs, "say", say)
+    hinting = replace(
+        experiment, pipeline=lambda one, said: (replace(one, closing=f"{one.closing}{said}"), "")
+    )
+    study = jobs.Study(experiment=hinting, models=models, folder=tmp_path, device="cpu")
+    data = replace(hinting.data(0), shots={"Up": examples("Up", 3)})
+    shots = jobs.shots_through_text(study, data)["Up"]
+    assert all(one.closing.endswith("a hint") for one in shots)
+    for one, text in zip(data.shots["Up"], asked, strict=True):
+        assert text.count(one.source) == 1  # it is asked about, not shown
+        assert all(other.source in text for other in data.shots["Up"])
+    asked.clear()
+    jobs.through_text(study, data.shots, examples("Up", 1), hinting.tests["near"])
+    assert all(one.source in asked[0] for one in data.shots["Up"])
+
+
+def test_tokens_are_counted_up_to_their_ends(experiment: Experiment, models: Models) -> None:
+    made = make(experiment, models, "anchor")
+    test, generated = Test(metrics=(), most_tokens=6), answering.Generated()
+    assert generated.tokens_per_second is None
+    said = answering.say(made, examples(number=3), test, 3, generated)
+    assert 3 <= generated.tokens <= 18
+    if not any(ended for _, ended in said):
+        assert generated.tokens == 18
+    assert generated.tokens_per_second == generated.tokens / generated.seconds
+
+
+def test_a_folder_is_one_experiments(experiment: Experiment, tmp_path: Path) -> None:
+    run.claim(tmp_path, experiment)
+    run.claim(tmp_path, experiment)
+    with pytest.raises(ValueError, match=r"holds results of .*'examples': 8.*--output"):
+        run.claim(tmp_path, replace(experiment, training=replace(experiment.training, examples=12)))
+
+
+def test_missing_libraries_are_named_before_anything_runs(
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "find_spec", lambda name: None)
+    for systems, name in (
+        ([("composed", 1)], "sacrebleu"),
+        ([("composed", 1), ("lora", 1)], "peft"),
+    ):
+        with pytest.raises(ImportError, match=f"{name} is not installed, which this experiment"):
+            run.run(experiment, systems=systems, output=tmp_path / "none", console=QUIET)
+    assert not (tmp_path / "none").exists()
+
+
+def test_weak_isolation_of_programs_is_said(
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console = Console(record=True, quiet=False, width=200)
+    programs = replace(experiment, tests={"near": Test(metrics=(metrics.PASS_AT_1,))})
+    monkeypatch.setattr(run, "guards", lambda: ("limits", "seccomp", "audit"))
+    found = run.isolation(programs, console)
+    assert found == {"programs held in by": "limits, seccomp, audit"}
+    assert "has no landlock, so programs" in console.export_text()
+    assert run.isolation(experiment, console) == {}
 
 
 @pytest.mark.parametrize(
@@ -497,6 +656,7 @@ def test_each_process_sees_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         ([("anchor", 1)], 1, "systems lacks 'composed'"),
         ([("composed", 0)], 1, "seeds must be at least 1, got 0 for composed"),
         ([("composed", 1)], 0, "jobs must be at least 1, got 0"),
+        ([("composed", 1), ("wrong-test", 2)], 1, "wrong-test is composed, tested in another way"),
     ],
 )
 def test_what_cannot_be_run_is_refused(
@@ -561,6 +721,34 @@ def test_marks_say_who_is_ahead() -> None:
     assert shown == ["1.0", "1.0 *", "1.0 †", "1.0"]
 
 
+def test_a_worse_number_is_no_gain() -> None:
+    def groups(difference: float) -> Any:
+        against = {"difference": difference, "p_corrected": 0.01}
+        return {"text": {"bits": {"anchor": {"against": against}}}}
+
+    assert report.gained(groups(-1.0), "bits", True)
+    assert not report.gained(groups(1.0), "bits", True)
+    assert report.gained(groups(1.0), "bits", False)
+    assert not report.gained({"text": {"bits": {}}}, "bits", False)
+
+
+def test_each_setting_has_its_folder() -> None:
+    def folder(name: str, *words: str) -> str:
+        parser = argparse.ArgumentParser()
+        flags.add_arguments(parser, name)
+        return flags.output_folder(parser.parse_args(words), name)
+
+    assert folder("kv-arithmetic") == "kv-arithmetic"
+    assert folder("kv-arithmetic", "--seeds", "5", "--jobs", "2") == "kv-arithmetic"
+    assert (
+        folder("kv-arithmetic", "--preset", "quick", "--dc", "subs") == "kv-arithmetic-subs-quick"
+    )
+    assert folder("low-resource", "--language", "guarani") == "low-resource-guarani"
+    found = folder("code", "--no-programs", "--codexglue", "a/test.jsonl", "b/more.jsonl")
+    assert found == "code-test-more-no-programs"
+    assert folder("code", "--output", "x") == "x"
+
+
 def test_systems_are_named_with_their_seeds() -> None:
     main, ablations = ["anchor", "composed", "lora"], ["gate"]
     named = flags.named_systems(["main", "lora:1", "gate:2"], 5, main, ablations)
@@ -568,6 +756,17 @@ def test_systems_are_named_with_their_seeds() -> None:
     assert flags.named_systems(["all"], 1, main, ablations)[-1] == ("gate", 1)
     with pytest.raises(ValueError, match="'x' is not a number of seeds"):
         flags.named_systems(["lora:x"], 1, main, ablations)
+
+
+@pytest.mark.parametrize("module", [kv_arithmetic, kv_two_models, code, translate])
+@pytest.mark.parametrize("preset", flags.PRESETS)
+def test_goals_are_of_what_there_is(module: Any, preset: str) -> None:
+    experiment = module.experiment(preset)
+    for goal in experiment.goals:
+        assert goal.test in experiment.tests
+        assert set(goal.beats) <= set(experiment.systems)
+        judged = comparison.judge(experiment, goal, {goal.test: {}})
+        assert judged == {"met": None, "numbers": []}
 
 
 # ---- two models --------------------------------------------------------------------------

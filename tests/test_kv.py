@@ -23,6 +23,7 @@ from graftlm.reproduce import (
     kv_lessons,
     kv_parents,
     kv_training,
+    kv_two_models,
     runner,
 )
 from graftlm.reproduce.example import Example
@@ -278,12 +279,25 @@ def test_the_pipeline_lets_the_anchor_add_what_the_other_wrote() -> None:
 
 
 def test_missing_parents_are_trained_and_kept(tmp_path: Path) -> None:
-    kv_parents.ensure(tmp_path, ("vanilla", "first"), "quick")
+    kv_parents.ensure(tmp_path, ("vanilla", "first"), "quick", "cpu")
     made = sorted(path.name for path in tmp_path.iterdir())
     assert made == ["first", "vanilla"]
     before = (tmp_path / "first" / "model.safetensors").stat().st_mtime_ns
-    kv_parents.ensure(tmp_path, ("first",), "quick")
+    kv_parents.ensure(tmp_path, ("first",), "quick", "cpu")
     assert (tmp_path / "first" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_parents_of_one_preset_are_not_taken_for_anothers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kv_parents, "ensure", lambda *args: None)
+    for module in (kv_arithmetic, kv_two_models):
+        places = [
+            module.models(tmp_path, {"vanilla"}, "cpu", preset=preset)
+            for preset in ("quick", "small", "paper")
+        ]
+        made = [(found.vanilla or found.augmenting).values() for found in places]
+        assert len({path for paths in made for path in paths}) == 3 * len(made[0])
 
 
 def test_vanilla_keys_stand_for_something_else_each_time() -> None:

@@ -40,7 +40,7 @@ def data(seed: int, *, size: int = 16) -> Data:
     )
 
 
-def found(folder: Path, read: Set[str], *, models: Models) -> Models:
+def found(folder: Path, read: Set[str], device: str, *, models: Models) -> Models:
     """They are there already."""
     return models
 

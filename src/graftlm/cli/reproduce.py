@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     run_experiment(
         experiment,
         systems=flags.named_systems(args.systems, args.seeds, main, list(experiment.ablations)),
-        output=args.output,
+        output=flags.output_folder(args, name),
         jobs=args.jobs,
         device=args.device,
         run_code=getattr(args, "allow_code_execution", False),

@@ -1,8 +1,9 @@
 """Ask a system: what its targets cost in bits, and what it answers."""
 
 import math
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,17 +21,36 @@ from graftlm.reproduce.runner import Runner
 ROOM = 1.34  # of the most tokens of an answer to those of the longest reference of its batch
 
 
+@dataclass(kw_only=True, slots=True)
+class Generated:
+    """Tokens that were generated, the ends of answers included, and the seconds it took."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """All batches together; None if nothing was generated."""
+        return self.tokens / self.seconds if self.seconds else None
+
+
 def ask(
-    runner: Runner, examples: Sequence[Example], test: Test, *, batch_size: int, run_code: bool
+    runner: Runner,
+    examples: Sequence[Example],
+    test: Test,
+    *,
+    batch_size: int,
+    run_code: bool,
+    generated: Generated | None = None,
 ) -> list[Answer]:
-    """Everything that the metrics of a test need."""
+    """Everything that the metrics of a test need; what is generated is added to `generated`."""
     needs = {metric.needs for metric in test.metrics}
     answers = [Answer() for _ in examples]
     if "bits" in needs:
         answers = costs(runner, examples)
     if needs & {"text", "tests"}:
         asked = examples[: test.answered]
-        said = say(runner, asked, test, batch_size)
+        said = say(runner, asked, test, batch_size, generated)
         for number, (text, ended) in enumerate(said):
             answers[number] = replace(answers[number], text=text, ended=ended)
     if "tests" in needs:
@@ -76,10 +96,15 @@ def costs(runner: Runner, examples: Sequence[Example], batch_size: int = 16) -> 
 
 @torch.no_grad()
 def say(
-    runner: Runner, examples: Sequence[Example], test: Test, batch_size: int
+    runner: Runner,
+    examples: Sequence[Example],
+    test: Test,
+    batch_size: int,
+    generated: Generated | None = None,
 ) -> list[tuple[str, bool]]:
     """Greedy answers, up to `test.stop`, and whether each came to its end."""
     features = runner.encode(examples)
+    generated = generated or Generated()
     said = [("", False)] * len(examples)
     for numbers in by_length(features, batch_size):
         batch = [features[k] for k in numbers]
@@ -90,8 +115,12 @@ def say(
         ]
         longest = max(len(f["labels"]) - size for f, size in zip(batch, sizes, strict=True))
         length = test.most_tokens or math.ceil(longest * ROOM) + 4
+        start = time.perf_counter()
         answers = generate(runner, prompts, length, test.stop)
-        ended = (answers == runner.tokenizer.eos_token_id).any(1).tolist()
+        is_end = answers == runner.tokenizer.eos_token_id
+        generated.tokens += int((is_end.cumsum(1) - is_end.long() == 0).sum())  # no padding
+        generated.seconds += time.perf_counter() - start
+        ended = is_end.any(1).tolist()
         texts = runner.tokenizer.batch_decode(answers, skip_special_tokens=True)
         for number, text, end in zip(numbers, texts, ended, strict=True):
             stopped = test.stop is not None and test.stop in text.lstrip("\n")

@@ -4,12 +4,14 @@ Completion (HumanEval, which runs the programs), text to code, and code to text,
 functions of packages that training never showed.
 """
 
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
-from graftlm.reproduce.code_data import GROUPS, load_data
+from graftlm.reproduce.code_data import draw, load_data
+from graftlm.reproduce.code_sources import COMPLETE, DESCRIBE, load_codexglue, load_mbpp
+from graftlm.reproduce.code_tests import END_OF_ANSWER
 from graftlm.reproduce.domain import shuffled_pieces
 from graftlm.reproduce.example import Data, Example
 from graftlm.reproduce.experiment import Composition, Experiment, Goal, Models, Test, Training
@@ -40,18 +42,28 @@ SIZES = {  # training examples, tests of a group, answers
     "paper": (60_000, 1000, 1000),
 }
 LONGEST_PROGRAM = 200  # tokens of a completion; 95 of 100 solutions are shorter
+# All but what shows how far one gets: m_A itself, and fine-tuning all of m_B.
+CONTROLS = (
+    *("anchor", "pipeline", "wrong-test", "wrong", "random", "self", "prompt"),
+    *("lora", "lora-domain"),
+)
 ABLATIONS = {
     "4-connections": System(
         title="4 connections", composition={"connections": ((9, 7), (17, 15), (22, 22), (23, 28))}
     ),
     "no-position": System(title="no position (the paper)", composition={"position": "none"}),
     "committed": System(title="sees finished words only", composition={"alignment": "committed"}),
-    "dc-10%": System(title="a tenth of D_C, ten times", training={"distinct": 60}),
+    "dc-10%": System(title="a tenth of D_C, ten times", training={"distinct": 0.1}),
 }
 
 
 def experiment(
-    preset: str = "small", *, no_programs: bool = False, examples: int | None = None
+    preset: str = "small",
+    *,
+    no_programs: bool = False,
+    mbpp: str | None = None,
+    codexglue: Sequence[str] = (),
+    examples: int | None = None,
 ) -> Experiment:
     """One preset.
 
@@ -59,8 +71,18 @@ def experiment(
         preset: `quick` looks whether everything runs, `small` takes hours on 2 cores, `paper`
             wants a GPU.
         no_programs: Leave out HumanEval, whose tests run programs that models wrote.
+        mbpp: The file of MBPP, to test on it too.
+        codexglue: Files of CodeXGLUE's code-to-text task in Python, to test on them too.
         examples: Training examples seen; None takes the preset's.
+
+    Raises:
+        ValueError: If MBPP is asked for, but no programs.
     """
+    if no_programs and mbpp:
+        raise ValueError(
+            f"--mbpp {mbpp} tests programs that models write, which --no-programs leaves out; "
+            "give one of the two"
+        )
     seen, num_tests, answered = SIZES[preset]
     tests = {
         "HumanEval": Test(
@@ -69,36 +91,53 @@ def experiment(
             answered=answered if preset == "quick" else None,
             paper="The paper: m_A 19.5, m_B 16.4, CALM 22.5, LoRA 18.3, random 20.1, vanilla 20.0.",
         ),
-        "other packages": Test(
-            metrics=(CHRF, BITS_PER_BYTE), most_tokens=LONGEST_PROGRAM, answered=answered
-        ),
+        # An empty line ends what is asked for, and divides the examples of a prompt.
+        "other packages": Test(metrics=(CHRF, BITS_PER_BYTE), stop="\n\n", answered=answered),
         "CodeI/O": Test(metrics=(BITS_PER_BYTE,)),
         "before": Test(metrics=(PERPLEXITY,), paper="English news."),
     }
     if no_programs:
         del tests["HumanEval"]
+    if mbpp:
+        tests["MBPP"] = Test(metrics=(PASS_AT_1,), stop=END_OF_ANSWER, most_tokens=LONGEST_PROGRAM)
+    if codexglue:
+        tests["CodeXGLUE"] = tests["other packages"]
     return Experiment(
         name="code",
         title="Python (CALM, section 4.3)",
         about="m_A is Qwen2.5-Coder-0.5B-Instruct, m_B SmolLM2-135M-Instruct, the smaller of the "
         "two. D_C: documented functions of installed packages, three tasks in one: complete "
-        "the body, write the function from a sentence, say what it does. Packages are held out "
-        "whole. pass@1 is greedy.",
+        "the body, write the function from a sentence, say what it does; and a plain English "
+        "text for every five, so that English survives. Packages are held out whole. pass@1 is "
+        "greedy.",
         models=models,
-        data=partial(data, num_tests=num_tests, no_programs=no_programs),
+        data=partial(
+            data,
+            num_tests=num_tests,
+            programs=not no_programs,
+            mbpp=mbpp,
+            codexglue=tuple(codexglue),
+        ),
         tests=tests,
         composition=COMPOSITION,
-        training=replace(TRAINING, examples=examples or seen, domain_examples=examples or seen),
+        training=replace(TRAINING, examples=examples or seen, domain_examples=seen),
         # The coder as it was before it learned code is not to be had as a package.
         systems={name: system for name, system in SYSTEMS.items() if name != "vanilla"},
         ablations=ABLATIONS,
         goals=(
-            Goal(
-                says="composed beats m_B and every control on docstrings in chrF with p < 0.05",
-                test="other packages",
-                group=GROUPS[0],
-                beats=("anchor", "wrong-test", "wrong", "random", "self", "prompt", "lora"),
-                level=0.05,
+            *(
+                Goal(
+                    says=f"composed beats m_B and every control on {title} with p < 0.05",
+                    test=test,
+                    group=group,
+                    beats=CONTROLS,
+                    level=0.05,
+                )
+                for test, group, title in (
+                    ("other packages", DESCRIBE, "docstrings (chrF)"),
+                    ("HumanEval", COMPLETE, "HumanEval"),
+                )
+                if test in tests
             ),
             Goal(
                 says="English perplexity worsens by less than 1 %",
@@ -114,19 +153,23 @@ def experiment(
 
 
 @cache
-def data(seed: int, *, num_tests: int, no_programs: bool) -> Data:
+def data(
+    seed: int, *, num_tests: int, programs: bool, mbpp: str | None, codexglue: tuple[str, ...]
+) -> Data:
     """The same for every seed: held-out packages are what they are."""
     del seed
     found = load_data(num_tests=num_tests)
-    found = replace(found, domain=shuffled_pieces(found.domain))
-    if not no_programs:
-        return found
-    return replace(found, tests={k: v for k, v in found.tests.items() if k != "HumanEval"})
+    tests = {name: some for name, some in found.tests.items() if programs or name != "HumanEval"}
+    if mbpp:
+        tests["MBPP"] = {"MBPP": draw(load_mbpp(mbpp), num_tests)}
+    if codexglue:
+        tests["CodeXGLUE"] = {DESCRIBE: draw(load_codexglue(*codexglue), num_tests)}
+    return replace(found, domain=shuffled_pieces(found.domain), tests=tests)
 
 
-def models(folder: Path, read: Set[str]) -> Models:
+def models(folder: Path, read: Set[str], device: str) -> Models:
     """A general model and a model of code, as `make models CODER=1` fetches them."""
-    del folder, read
+    del folder, read, device
     return Models(anchor=require_model(ANCHOR), augmenting={"coder": require_model(CODER)})
 
 

@@ -33,6 +33,7 @@ from graftlm.reproduce.code_sources import (
     news,
     write,
 )
+from graftlm.reproduce.domain import with_replay
 from graftlm.reproduce.example import Data, Example, plain
 from graftlm.reproduce.near_duplicates import unlike
 
@@ -76,11 +77,12 @@ def load_data(
     functions = {name: new_functions(found, known) for name, found in splits.items()}
     pools = {name: tasks(found) for name, found in functions.items()}
     composition = [one for group in GROUPS for one in pools["training"][group]]
+    english = news(cache)
     texts = domain(splits["training"].values(), domain_chars)
     kept = [text for text in texts if known.isdisjoint(runs_of(text))]
     new = {name: new_tests(pools[name], composition, kept) for name in ("test", "development")}
     data = Data(
-        composition=composition,
+        composition=with_replay(composition, [one.target for one in english[NUM_RETENTION:]]),
         tests={
             "other packages": {group: draw(new["test"][group], num_tests) for group in GROUPS},
             "HumanEval": {COMPLETE: problems},
@@ -91,7 +93,7 @@ def load_data(
         ],
         shots={group: few_shots(pools["training"][group], num_shots) for group in GROUPS},
         domain=[plain(text) for text in kept],
-        retention={"text": news(cache)[:NUM_RETENTION]},
+        retention={"text": english[:NUM_RETENTION]},
     )
     dropped = {name: num_functions(splits[name]) - len(functions[name]) for name in splits}
     notes = {

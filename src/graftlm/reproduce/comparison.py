@@ -67,7 +67,9 @@ def costs(outcomes: Mapping[str, Mapping[int, Outcome]]) -> dict[str, Any]:
     made = {}
     for name, seeds in outcomes.items():
         taken = [asdict(outcome.cost) for outcome in seeds.values()]
+        machines = sorted({one.pop("machine") for one in taken})
         made[name] = {key: mean([one[key] for one in taken]) for key in taken[0]}
+        made[name]["machine"] = "; ".join(machines)
     return made
 
 

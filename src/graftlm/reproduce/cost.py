@@ -10,6 +10,7 @@ from graftlm.planning import flop_counter
 from graftlm.reproduce.answering import to_device
 from graftlm.reproduce.encoding import Features, padded_tokens
 from graftlm.reproduce.fitting import target_loss
+from graftlm.reproduce.hardware import machine
 from graftlm.reproduce.runner import Runner
 
 
@@ -22,16 +23,18 @@ class Cost:
         flops: Of all training: counted on one batch, in proportion to the tokens of all; 0 if
             nothing trains.
         training_seconds: From nothing loaded to trained.
-        peak_bytes: Most memory held in training: of the process, or on the GPU; None where the
-            system does not tell.
-        tokens_per_second: Generated in the tests, all batches together.
+        peak_bytes: Most memory held in training, or in answering if nothing trains: of the process,
+            or on the GPU; None where the system does not tell.
+        generated_per_second: Tokens, all batches of the tests together; None if none was.
+        machine: What it ran on.
     """
 
     weights: int
     flops: int
     training_seconds: float
     peak_bytes: int | None
-    tokens_per_second: float | None
+    generated_per_second: float | None
+    machine: str
 
 
 class Meter:
@@ -50,6 +53,10 @@ class Meter:
     def trained(self) -> None:
         """Read time and memory: the system is trained."""
         self.seconds = time.perf_counter() - self.start
+        self.read_peak()
+
+    def read_peak(self) -> None:
+        """Read the most memory that was held so far."""
         if self.device.startswith("cuda"):
             self.peak = torch.cuda.max_memory_allocated()
         elif (status := Path("/proc/self/status")).exists():
@@ -64,7 +71,7 @@ class Meter:
         batch: Features,
         padded: int,
         weights: int,
-        tokens_per_second: float | None,
+        generated_per_second: float | None,
     ) -> Cost:
         """All of it.
 
@@ -73,7 +80,9 @@ class Meter:
             padded: Tokens of all batches, padding included; 0 if it was not trained.
         """
         flops = 0
-        if padded:
+        if not padded:
+            self.read_peak()
+        else:
             inputs = to_device(runner.collate(batch), runner.model.device)
             with flop_counter() as counter:
                 target_loss(runner.model, inputs, bf16=runner.bf16).backward()
@@ -83,6 +92,7 @@ class Meter:
             weights=weights,
             flops=flops,
             training_seconds=self.seconds if padded else 0.0,
-            peak_bytes=self.peak if padded else None,
-            tokens_per_second=tokens_per_second,
+            peak_bytes=self.peak,
+            generated_per_second=generated_per_second,
+            machine=machine(self.device),
         )

@@ -49,8 +49,8 @@ class Training:
 
     Args:
         examples: Seen in all, the same ones by every system of a seed.
-        distinct: How many different ones, if the data has more.
-        domain_examples: Seen before those by systems that learn the whole domain.
+        distinct: The share of D_C that is used, drawn once a seed; None is all.
+        domain_examples: Seen before those by systems that learn from the domain.
         learning_rate, lora_learning_rate, full_learning_rate: Of bridges, of LoRA, and of the
             anchor's own weights.
         warmup: Share of all updates.
@@ -64,7 +64,7 @@ class Training:
     lora_learning_rate: float
     full_learning_rate: float
     domain_examples: int
-    distinct: int | None = None
+    distinct: float | None = None
     weight_decay: float = 0.01
     warmup: float = 0.1
     by_length: bool = True
@@ -124,7 +124,7 @@ class Experiment:
         name: Of the command.
         title, about: For the report: what it is, where the data is from, how it was split.
         models: Finds or makes the models in a folder, of the augmenting models those that are to
-            be read (see `System.reads_model`); called once before everything.
+            be read (see `System.reads_model`), on a device; called once before everything.
         data: The examples of a seed; ablations may change its other arguments.
         tests: By name, as in the data.
         systems: The controls that apply, and ablations; keys as on the command line.
@@ -139,7 +139,7 @@ class Experiment:
     name: str
     title: str
     about: str
-    models: Callable[[Path, Set[str]], Models]
+    models: Callable[[Path, Set[str], str], Models]
     data: Callable[..., Data]
     tests: Mapping[str, Test]
     composition: Composition

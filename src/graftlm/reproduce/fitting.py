@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from rich.console import Console
 from torch import Tensor
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer
 
 from graftlm import decoder
 from graftlm.causal_lm import ComposedForCausalLM
 from graftlm.reproduce.encoding import IGNORED, Features
 from graftlm.reproduce.experiment import Training
+from graftlm.reproduce.hardware import on_one_device
 from graftlm.reproduce.kv_training import Watch
 from graftlm.reproduce.runner import Runner
 
@@ -91,7 +92,7 @@ def fit(
     with tempfile.TemporaryDirectory() as folder:
         trainer = TargetTrainer(
             model=runner.model,
-            args=TrainingArguments(
+            args=on_one_device(
                 output_dir=folder,  # nothing is saved there
                 save_strategy="no",
                 report_to=[],

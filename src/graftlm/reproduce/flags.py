@@ -5,6 +5,7 @@ Nothing here imports torch, so that `--help` answers at once.
 
 import argparse
 import shlex
+from pathlib import Path
 from typing import Any
 
 from graftlm.reproduce.systems import SYSTEMS
@@ -38,10 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     )
     parser.add_argument(
         "--output",
-        default=name,
-        help="folder for the report; a run into the same one goes on where it stopped",
+        help="folder for the report, by default named after the experiment and what differs from "
+        "its defaults; a run into the same one goes on where it stopped",
     )
-    parser.add_argument("--device", help="cpu or cuda; by default a GPU where there is one")
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        help="by default a GPU where there is one; CUDA_VISIBLE_DEVICES says which",
+    )
     parser.add_argument("--no-plots", action="store_true", help="draw nothing")
     OWN.get(name, lambda _: None)(parser)
 
@@ -70,7 +75,15 @@ def code_arguments(parser: argparse.ArgumentParser) -> None:
         help="run the programs that models write, in a child process with limits",
     )
     parser.add_argument(
-        "--no-programs", action="store_true", help="leave out the tests that run programs"
+        "--no-programs", action="store_true", help="leave out HumanEval, which runs programs"
+    )
+    parser.add_argument("--mbpp", metavar="FILE", help="mbpp.jsonl, to test on it too")
+    parser.add_argument(
+        "--codexglue",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="files of CodeXGLUE's code-to-text task in Python, to test on them too",
     )
 
 
@@ -88,6 +101,28 @@ def choices(args: argparse.Namespace, name: str) -> dict[str, Any]:
     add_arguments(parser, name)
     given = {action.dest for action in parser._actions} - SHARED - {"help"}
     return {flag: getattr(args, flag) for flag in sorted(given)}
+
+
+def output_folder(args: argparse.Namespace, name: str) -> str:
+    """What `--output` says, or the experiment's name with all that was chosen of it.
+
+    Different settings go to different folders, or one's report would replace the other's.
+    """
+    if args.output is not None:
+        return args.output
+    parser = argparse.ArgumentParser()
+    add_arguments(parser, name)
+    chosen = choices(args, name)
+    words = [name]
+    for flag in sorted(flag for flag in chosen if chosen[flag] != parser.get_default(flag)):
+        value = chosen[flag]
+        words += [flag.replace("_", "-")] if value is True else named(value)
+    return "-".join(words)
+
+
+def named(value: Any) -> list[str]:
+    """A chosen value, or several, as part of a folder's name; of files the last part."""
+    return [Path(str(one)).stem for one in (value if isinstance(value, list) else [value])]
 
 
 def named_systems(

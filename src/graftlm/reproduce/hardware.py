@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainingArguments
 
 
 def hardware(device: str, jobs: int) -> dict[str, Any]:
@@ -21,6 +22,20 @@ def hardware(device: str, jobs: int) -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
     }
+
+
+def machine(device: str) -> str:
+    """What times were measured on, in short."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name()
+    return f"{cpu_model()}, {torch.get_num_threads()} threads"
+
+
+def on_one_device(**settings: Any) -> TrainingArguments:
+    """Arguments of a Trainer, which would spread a batch over all GPUs it sees."""
+    args = TrainingArguments(**settings)
+    args._n_gpu = min(args.n_gpu, 1)
+    return args
 
 
 def cpu_model() -> str:

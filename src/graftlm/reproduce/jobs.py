@@ -3,12 +3,13 @@
 import hashlib
 import json
 import multiprocessing
+import multiprocessing.util
 import os
-import time
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from itertools import cycle, islice
 from pathlib import Path
@@ -19,14 +20,14 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from graftlm.reproduce import cost
-from graftlm.reproduce.answering import ask, judged, say
+from graftlm.reproduce.answering import Generated, ask, judged, say
 from graftlm.reproduce.encoding import Features, padded_tokens, training_order
 from graftlm.reproduce.example import Data, Example
 from graftlm.reproduce.experiment import Experiment, Models, Test, Training
 from graftlm.reproduce.files import write_text
 from graftlm.reproduce.fitting import fit
 from graftlm.reproduce.metrics import Answer
-from graftlm.reproduce.runner import Runner, make_runner, misread, trainable
+from graftlm.reproduce.runner import Runner, make_runner, misread
 from graftlm.reproduce.systems import SAME_TRAINING, System
 
 Answers = dict[str, dict[str, list[Answer]]]  # by test and group
@@ -38,7 +39,8 @@ class Job:
 
     Args:
         name: Key of the experiment's systems.
-        also: Systems that are the same but for how they are tested.
+        also: Systems that are the same but for how they are tested. They always come along: once
+            the model is gone, it would have to be trained again for them.
     """
 
     name: str
@@ -91,7 +93,7 @@ def jobs_of(experiment: Experiment, systems: Sequence[tuple[str, int]]) -> list[
             also=tuple(
                 other
                 for other, same in SAME_TRAINING.items()
-                if same == name and seed < asked.get(other, 0)
+                if same == name and other in experiment.systems
             ),
         )
         for seed in range(max(asked.values()))
@@ -121,14 +123,17 @@ def outcomes(
 
 
 def data_hashes(experiment: Experiment, jobs: Sequence[Job]) -> dict[Job, str]:
-    """A fingerprint of each job's examples."""
+    """A fingerprint of each job's examples; what does not train is only tested on some."""
     known: dict[str, str] = {}
     found = {}
     for job in jobs:
-        changes = experiment.system(job.name).data
-        key = hash_of([job.seed, changes])
+        system = experiment.system(job.name)
+        key = hash_of([job.seed, system.data, bool(system.trains)])
         if key not in known:
-            known[key] = hash_of(asdict(experiment.data(job.seed, **changes)))
+            data = experiment.data(job.seed, **system.data)
+            if not system.trains:
+                data = replace(data, composition=(), domain=(), development=(), notes={})
+            known[key] = hash_of(asdict(data))
         found[job] = known[key]
     return found
 
@@ -146,13 +151,19 @@ def made(
             yield path, run_job(study, wanted[path][0], path, console)
         return
     threads = max(1, torch.get_num_threads() // processes)
-    gpus = visible_gpus() if study.device == "cuda" else []
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context, max_tasks_per_child=1) as pool:
-        futures = {
-            pool.submit(run_alone, study, wanted[path][0], path, threads, gpus): path
-            for path in paths
-        }
+    free = context.SimpleQueue()
+    gpus = visible_gpus() if study.device == "cuda" else []
+    for number in range(processes if gpus else 0):
+        free.put(gpus[number % len(gpus)])
+    with ProcessPoolExecutor(
+        processes,
+        mp_context=context,
+        max_tasks_per_child=1,
+        initializer=prepare_process,
+        initargs=(threads, free if gpus else None),
+    ) as pool:
+        futures = {pool.submit(run_alone, study, wanted[path][0], path): path for path in paths}
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()
@@ -171,13 +182,21 @@ def visible_gpus() -> list[str]:
     return named.split(",") if named else [str(k) for k in range(torch.cuda.device_count())]
 
 
-def run_alone(study: Study, job: Job, path: Path, threads: int, gpus: Sequence[str]) -> Outcome:
-    """A job in a process of its own, which sees one of the GPUs."""
-    if gpus:  # before CUDA starts in this process; Trainer would use all that it sees
-        (number,) = multiprocessing.current_process()._identity
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
+def prepare_process(threads: int, free: Any) -> None:
+    """Take a GPU that is free, before CUDA starts here, and give it back at the end.
+
+    Args:
+        free: A queue of the names of GPUs; None if there are none.
+    """
     torch.set_num_threads(threads)
     transformers_logging.disable_progress_bar()
+    if free is not None:
+        gpu = os.environ["CUDA_VISIBLE_DEVICES"] = free.get()
+        multiprocessing.util.Finalize(None, free.put, args=(gpu,), exitpriority=0)
+
+
+def run_alone(study: Study, job: Job, path: Path) -> Outcome:
+    """A job in a process of its own."""
     return run_job(study, job, path, Console(quiet=True))
 
 
@@ -188,32 +207,51 @@ def run_job(study: Study, job: Job, path: Path, console: Console) -> Outcome:
     data = experiment.data(job.seed, **system.data)
     watched = cost.Meter(study.device)
     shots = data.shots if system.trains is None else {}
+    if system.alone == "pipeline":
+        shots = shots_through_text(study, data)
     runner = make_runner(
         experiment, study.models, system, job.seed, shots=shots, device=study.device
     )
-    losses, batch, padded = [], [], 0
+    trained = Trained()
     if system.trains:
-        losses, batch, padded = train(study, job, system, runner, data, console)
+        trained = train(study, job, system, runner, data, console)
     watched.trained()
-    answers, tokens, seconds = score(study, system, runner, data)
-    found = {job.name: answers}
+    generated = Generated()
+    found = {job.name: score(study, system, runner, data, generated)}
     for other in job.also:
-        found[other], _, _ = score(study, experiment.system(other), misread(runner), data)
+        found[other] = score(study, experiment.system(other), misread(runner), data, Generated())
     if job.name == "composed":
         runner.model.save_pretrained(study.folder / "composed" / str(job.seed))
     outcome = Outcome(
         answers=found,
-        losses=losses,
+        losses=trained.losses,
         cost=watched.cost(
             runner,
-            batch=batch,
-            padded=padded,
-            weights=trainable(runner.model) if system.trains else 0,
-            tokens_per_second=tokens / seconds if seconds else None,
+            batch=trained.batch,
+            padded=trained.padded,
+            weights=trained.weights,
+            generated_per_second=generated.tokens_per_second,
         ),
     )
     keep_outcome(path, outcome)
     return outcome
+
+
+@dataclass(kw_only=True, slots=True)
+class Trained:
+    """What training a system came to.
+
+    Args:
+        losses: Step and mean loss since the last entry.
+        batch: One as it was trained on.
+        padded: How many tokens all batches had, padding included.
+        weights: How many weights were trained, at any time.
+    """
+
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    batch: Features = field(default_factory=list)
+    padded: int = 0
+    weights: int = 0
 
 
 def settings_of(experiment: Experiment, system: System) -> Training:
@@ -223,26 +261,21 @@ def settings_of(experiment: Experiment, system: System) -> Training:
 
 def train(
     study: Study, job: Job, system: System, runner: Runner, data: Data, console: Console
-) -> tuple[list[tuple[int, float]], Features, int]:
-    """Train a fresh system on the examples of its seed.
-
-    Returns:
-        Step and mean loss since the last entry; a batch as it was trained on; and how many tokens
-        all batches had, padding included.
-    """
+) -> Trained:
+    """Train a fresh system on the examples of its seed."""
     settings = settings_of(study.experiment, system)
     rate = {
         "bridges": settings.learning_rate,
         "lora": settings.lora_learning_rate,
         "anchor": settings.full_learning_rate,
     }[system.trains or "bridges"]
-    losses: list[tuple[int, float]] = []
-    features: Features = []
-    padded = 0
+    trained, sizes = Trained(), {}
     for title, examples in stages(system, runner, data, settings, job.seed):
-        before = losses[-1][0] if losses else 0
+        before = trained.losses[-1][0] if trained.losses else 0
         features = runner.encode(examples)
-        padded += padded_tokens(features, settings.batch_size)
+        trained.batch = features[: settings.batch_size]
+        trained.padded += padded_tokens(features, settings.batch_size)
+        sizes |= {n: p.numel() for n, p in runner.model.named_parameters() if p.requires_grad}
         found = fit(
             runner,
             features,
@@ -253,8 +286,9 @@ def train(
             console=console,
             device=study.device,
         )
-        losses += [(before + step, loss) for step, loss in found]
-    return losses, features[: settings.batch_size], padded
+        trained.losses += [(before + step, loss) for step, loss in found]
+    trained.weights = sum(sizes.values())
+    return trained
 
 
 def stages(
@@ -270,7 +304,10 @@ def stages(
     if system.learns == "domain":
         size = settings.domain_examples - settings.domain_examples % settings.batch_size
         yield " (domain)", list(islice(cycle(data.domain), size))  # in the order they came in
-    composition = list(data.composition)[: settings.distinct]
+    composition = list(data.composition)
+    if settings.distinct is not None:
+        size = max(1, round(settings.distinct * len(composition)))
+        composition = random.Random(seed).sample(composition, size)
     if not system.one_by_one:
         yield "", drawn(composition, settings.examples)
         return
@@ -286,32 +323,39 @@ def stages(
         yield f" ({name})", drawn(usable, settings.examples // len(names))
 
 
-def score(study: Study, system: System, runner: Runner, data: Data) -> tuple[Answers, int, float]:
-    """Answers to all tests, and how many tokens were generated in how many seconds."""
+def score(
+    study: Study, system: System, runner: Runner, data: Data, generated: Generated
+) -> Answers:
+    """Answers to all tests; what is generated for them is added to `generated`."""
     answers: Answers = {}
-    tokens, seconds = 0, 0.0
     for name, groups in {**data.tests, "before": data.retention}.items():
         test = study.experiment.tests.get(name)
         for group, examples in groups.items() if test else ():
-            start = time.perf_counter()
-            found = answer(study, system, runner, examples, test)
+            found = answer(study, system, runner, data, examples, test, generated)
             answers.setdefault(name, {})[group] = found
-            said = [a.text for a in found if a.text]
-            if said:
-                seconds += time.perf_counter() - start
-                tokens += sum(map(len, runner.tokenizer(said)["input_ids"]))
-    return answers, tokens, seconds
+    return answers
 
 
 def answer(
-    study: Study, system: System, runner: Runner, examples: Sequence[Example], test: Any
+    study: Study,
+    system: System,
+    runner: Runner,
+    data: Data,
+    examples: Sequence[Example],
+    test: Any,
+    generated: Generated,
 ) -> list[Answer]:
     """A system's answers; those of the pipeline begin with what the augmenting model said."""
     experiment = study.experiment
-    options = {"batch_size": experiment.answer_batch, "run_code": study.run_code}
+    options = {
+        "batch_size": experiment.answer_batch,
+        "run_code": study.run_code,
+        "generated": generated,
+    }
     if system.alone != "pipeline" or not all(example.source for example in examples):
         return ask(runner, examples, test, **options)
-    changed, beginnings = through_text(study, examples, test)
+    changed, beginnings, seconds = through_text(study, data.shots, examples, test)
+    generated.seconds += seconds
     beginnings += [""] * (len(examples) - len(beginnings))
     own = replace(test, metrics=tuple(m for m in test.metrics if m.needs != "tests"))
     answers = [
@@ -323,10 +367,37 @@ def answer(
     return answers
 
 
+def shots_through_text(study: Study, data: Data) -> dict[str, list[Example]]:
+    """The examples of a prompt with what the augmenting model says to them.
+
+    Asked about one of them, it is shown the others.
+    """
+    tests = {
+        group: study.experiment.tests[name]
+        for name, groups in data.tests.items()
+        for group in groups
+        if name in study.experiment.tests
+    }
+    made: dict[str, list[Example]] = {}
+    for group, shots in data.shots.items():
+        for shot in shots if group in tests else ():
+            others = {group: [one for one in shots if one is not shot]}
+            [changed], _, _ = through_text(study, others, [shot], tests[group])
+            made.setdefault(group, []).append(changed)
+    return made
+
+
 def through_text(
-    study: Study, examples: Sequence[Example], test: Test
-) -> tuple[list[Example], list[str]]:
-    """What the anchor is given once the augmenting model has spoken."""
+    study: Study, shots: Mapping[str, Sequence[Example]], examples: Sequence[Example], test: Test
+) -> tuple[list[Example], list[str], float]:
+    """What the anchor is given once the augmenting model has spoken.
+
+    Args:
+        shots: Examples that the augmenting model is shown.
+
+    Returns:
+        The changed examples, what each answer begins with, and the seconds it spoke.
+    """
     experiment = study.experiment
     assert experiment.pipeline is not None
     speaker = make_runner(
@@ -334,17 +405,19 @@ def through_text(
         study.models,
         System(title="", trains=None, alone="augmenting"),
         0,
-        shots={},
+        shots=shots,
         device=study.device,
     )
+    generated = Generated()
     asks = experiment.asks or (lambda example: example)
     questions = [asks(example) for example in examples]
-    said = say(speaker, questions, test, experiment.answer_batch)
+    said = say(speaker, questions, test, experiment.answer_batch, generated)
     pairs = [
         experiment.pipeline(example, text)
         for example, (text, _) in zip(examples, said, strict=True)
     ]
-    return [example for example, _ in pairs], [beginning for _, beginning in pairs]
+    changed, beginnings = map(list, zip(*pairs, strict=True))
+    return changed, beginnings, generated.seconds
 
 
 # ---- kept outcomes -----------------------------------------------------------------------

@@ -86,13 +86,13 @@ ABLATIONS = {
         title="the paper's bare equations",
         composition={"variant": "paper", "position": "none"},
     ),
-    "dc-10%": System(title="a tenth of D_C, ten times", training={"distinct": 5760}),
-    "dc-1%": System(title="a hundredth of D_C, a hundred times", training={"distinct": 576}),
+    "dc-10%": System(title="a tenth of D_C, ten times", training={"distinct": 0.1}),
+    "dc-1%": System(title="a hundredth of D_C, a hundred times", training={"distinct": 0.01}),
     "dc-subs": System(title="D_C of substitutions (section 4.1)", data={"dc": "subs"}),
     "dc-math": System(title="D_C of arithmetic (section 3.2)", data={"dc": "math"}),
 }
 ABOUT = (
-    "m_A knows {keys:,} keys (a Llama of 0.66 million weights), m_B adds numbers; bridges learn on "
+    "m_A knows {keys:,} keys, m_B adds numbers, both are small Llamas; bridges learn on "
     "{share:.0f} % of the keys. KV-SUBS replaces keys by their values, NUM-MATH adds numbers, "
     "KV-MATH adds keys, worked out: the substitution is written first and the answer counts. "
     "held-in: keys of D_C in other expressions; mixed: some of either kind; all-held-out: only "
@@ -165,13 +165,13 @@ def experiment(
     )
 
 
-def models(folder: Path, read: Set[str], *, preset: str) -> Models:
+def models(folder: Path, read: Set[str], device: str, *, preset: str) -> Models:
     """The shipped parents and, where it is read, m_A's twin that never learned a key."""
     shipped = kv_parents.SHIPPED if preset != "paper" else folder / "parents"
-    kv_parents.ensure(shipped, ("augmenting", "anchor"), preset)
-    made = folder / "models"
+    kv_parents.ensure(shipped, ("augmenting", "anchor"), preset, device)
+    made = folder / "models" / preset
     if "vanilla" in read:
-        kv_parents.ensure(made, ("vanilla",), preset)
+        kv_parents.ensure(made, ("vanilla",), preset, device)
     return Models(
         anchor=shipped / "anchor",
         augmenting={"augmenting": shipped / "augmenting"},

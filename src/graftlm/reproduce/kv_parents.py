@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from transformers import (
     LlamaConfig,
@@ -164,14 +163,16 @@ def train_worked(
     )
 
 
-def ensure(folder: Path, names: Sequence[str], preset: str) -> None:
+def ensure(folder: Path, names: Sequence[str], preset: str, device: str) -> None:
     """Train those parents that are not in a folder yet.
 
     Args:
+        folder: Of one preset: a parent that is there is taken for one of it.
         names: Of `augmenting`, `anchor`, and of what only controls read: see `LESSONS`.
+        device: Where to train, cpu or cuda.
     """
     task = TASKS["paper" if preset == "paper" else "small"]
-    use_cpu = not torch.cuda.is_available()
+    use_cpu = device == "cpu"
     for name in names:
         target = folder / name
         if target.exists():

@@ -21,6 +21,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from graftlm.reproduce.hardware import on_one_device
 from graftlm.reproduce.kv_data import Example
 
 END = "[EOS]"
@@ -139,7 +140,7 @@ def fit(
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             model=model,
-            args=TrainingArguments(
+            args=on_one_device(
                 output_dir=folder,  # nothing is saved there: a run takes minutes
                 save_strategy="no",
                 report_to=[],

@@ -72,15 +72,14 @@ def experiment(preset: str = "small", *, examples: int | None = None) -> Experim
     )
 
 
-def models(folder: Path, read: Set[str], *, preset: str) -> Models:
+def models(folder: Path, read: Set[str], device: str, *, preset: str) -> Models:
     """The shipped anchor, and two models that are trained here."""
     del read
     shipped = kv_parents.SHIPPED if preset != "paper" else folder / "parents"
-    kv_parents.ensure(shipped, ("anchor",), preset)
-    kv_parents.ensure(folder / "models", HALVES, preset)
-    return Models(
-        anchor=shipped / "anchor", augmenting={name: folder / "models" / name for name in HALVES}
-    )
+    kv_parents.ensure(shipped, ("anchor",), preset, device)
+    made = folder / "models" / preset
+    kv_parents.ensure(made, HALVES, preset, device)
+    return Models(anchor=shipped / "anchor", augmenting={name: made / name for name in HALVES})
 
 
 @cache

@@ -33,11 +33,11 @@ from transformers import (
     PreTrainedTokenizerFast,
     PrinterCallback,
     Trainer,
-    TrainingArguments,
 )
 
 from graftlm import optimizer_state
 from graftlm.gguf import sha256
+from graftlm.reproduce.hardware import on_one_device
 from graftlm.reproduce.kv_training import Watch
 from graftlm.resuming import Interruption, last_checkpoint
 
@@ -387,7 +387,7 @@ def fit(
     watch, interruption = Watch(title, console, lambda step: None, settings.steps), Interruption()
     trainer = RowsTrainer(
         model=model,
-        args=TrainingArguments(
+        args=on_one_device(
             output_dir=str(work),
             save_steps=math.ceil(settings.steps / 10),
             save_total_limit=2,

@@ -9,9 +9,11 @@ import hashlib
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from graftlm.reproduce.domain import REPLAY, with_replay
 from graftlm.reproduce.example import Data, Example, plain
 from graftlm.reproduce.low_resource_sources import (
     CHICHEWA_BIBLE,
@@ -107,7 +109,8 @@ def load_data(
         folder: Where the packages are, or are put.
 
     Returns:
-        The data, with counts and sources in `notes`.
+        The data, with counts and sources in `notes`; D_C has a plain English text for every five
+        pairs.
 
     Raises:
         ValueError: If there is no such language, or if a number is too small or too large.
@@ -121,7 +124,7 @@ def load_data(
     tests, dropped = draw_tests(material, num_tests)
     tests["declaration (UDHR)"] = declaration(material, folder)
     return Data(
-        composition=composition,
+        composition=with_replay(composition, *plain_english(material, folder)),
         tests={test: {material.name: examples} for test, examples in tests.items()},
         development=draw(pairs_of(material.name, material.development), NUM_DEVELOPMENT),
         shots={material.name: few_shots(composition)},
@@ -145,8 +148,7 @@ def load_texts(language: str = "chichewa", *, folder: Path | None = None) -> Tex
         FileNotFoundError: If a package cannot be fetched.
     """
     material = load_material(language, folder)
-    rows = [*material.training, *material.extra]
-    english = documents((row.unit, row.english) for row in rows) + news(folder)[NUM_RETENTION:]
+    english = list(chain(*plain_english(material, folder)))
     held_out = {}
     for test, tested in material.tests.items():
         book = [row for row in tested if row.unit.startswith("mark ")] or tested
@@ -154,6 +156,12 @@ def load_texts(language: str = "chichewa", *, folder: Path | None = None) -> Tex
         held_out[f"English, {test}"] = documents((r.unit, r.english) for r in book)
     held_out["English, news"] = [short(text) for text in news(folder)[:NUM_RETENTION]]
     return Texts(foreign=foreign_documents(material), english=english, held_out=held_out)
+
+
+def plain_english(material: Material, folder: Path | None) -> tuple[list[str], list[str]]:
+    """The English side of what is trained on, and news."""
+    rows = [*material.training, *material.extra]
+    return documents((row.unit, row.english) for row in rows), news(folder)[NUM_RETENTION:]
 
 
 # ---- languages ---------------------------------------------------------------------------
@@ -338,7 +346,11 @@ def notes(
     """Counts and sources, for the report."""
     return {
         "language": material.name,
-        "composition": {"pairs": len(composition), "of": num_usable},
+        "composition": {
+            "pairs": len(composition),
+            "of": num_usable,
+            "plain texts": len(composition) // REPLAY,
+        },
         "domain": {
             "rows": len(material.training) + len(material.extra),
             "characters": sum(map(len, foreign_documents(material))),

@@ -19,8 +19,9 @@ WORDS = {True: "met", False: "missed", None: "not measured"}
 LEGEND = (
     f"`*` composed is better, `†` it is worse, with p < {LEVEL} after Holm's correction over the "
     "systems of a column: paired bootstrap over examples and, where there are several, seeds "
-    "(10,000 resamples). ± is the deviation over seeds. The share of gain: how much of what "
-    "composed gains over m_B alone a row gains too."
+    "(10,000 resamples) that both have, and not below p of a t-test over these seeds. ± is the "
+    "deviation over seeds. The share of gain: how much of what composed gains over m_B alone a row "
+    "gains too."
 )
 Results = Mapping[str, Any]
 
@@ -62,7 +63,12 @@ def tables(results: Results) -> list[dict[str, Any]]:
     main = [name for name in results["systems"] if name not in ablations]
     for test, groups in results["table"].items():
         sizes = results["sizes"][test]
-        counts = ", ".join(f"{group}: {sizes[group]} examples" for group in groups)
+        asked = results["answered"][test]
+        counts = ", ".join(
+            f"{group}: {sizes[group]} examples"
+            + (f" ({asked} answered)" if asked is not None and asked < sizes[group] else "")
+            for group in groups
+        )
         caption = " ".join(filter(None, [f"{counts}.", results["paper"].get(test)]))
         title = "What m_B could do before" if test == "before" else test
         made.append(table(results, test, main, title, caption))
@@ -92,7 +98,9 @@ def table(
         ]
         # A gain that is chance has no shares worth showing.
         share = (
-            f"{100 * sum(shares) / len(shares):.0f} %" if shares and gained(groups, first) else ""
+            f"{100 * sum(shares) / len(shares):.0f} %"
+            if shares and gained(groups, first, metrics[first][0])
+            else ""
         )
         rows.append([results["systems"][name], *cells, share, str(results["seeds"][name])])
     return {"title": title, "caption": caption, "head": head, "rows": rows}
@@ -103,14 +111,16 @@ def column_name(group: str, metric: str, groups: Mapping[str, Any]) -> str:
     return metric if len(groups) == 1 else f"{group}, {metric}"
 
 
-def gained(groups: Mapping[str, Any], metric: str) -> bool:
+def gained(groups: Mapping[str, Any], metric: str, lower_is_better: bool) -> bool:
     """Whether composed is better than the anchor in every group, and surely so."""
-    return all(
-        "anchor" in metrics[metric]
-        and metrics[metric]["anchor"]["against"] is not None
-        and metrics[metric]["anchor"]["against"]["p_corrected"] < LEVEL
-        for metrics in groups.values()
-    )
+    found = [metrics[metric].get("anchor", {}).get("against") for metrics in groups.values()]
+    return all(against is not None and is_ahead(against, lower_is_better) for against in found)
+
+
+def is_ahead(against: Mapping[str, Any], lower_is_better: bool) -> bool:
+    """Whether composed is better, and surely so."""
+    better = (against["difference"] < 0) == lower_is_better
+    return better and against["p_corrected"] < LEVEL
 
 
 def cell_text(cell: Mapping[str, Any], lower_is_better: bool, digits: int) -> str:
@@ -121,13 +131,13 @@ def cell_text(cell: Mapping[str, Any], lower_is_better: bool, digits: int) -> st
     against = cell["against"]
     if against is None or against["p_corrected"] >= LEVEL:
         return text
-    ahead = (against["difference"] < 0) == lower_is_better
-    return f"{text} {'*' if ahead else '†'}"
+    return f"{text} {'*' if is_ahead(against, lower_is_better) else '†'}"
 
 
 def cost_table(results: Results) -> dict[str, Any]:
     """What each system took."""
-    head = ["system", "weights that train", "training PFLOPs", "seconds", "peak memory", "tokens/s"]
+    head = ["system", "weights that train", "training PFLOPs", "seconds"]
+    head += ["peak memory", "tokens/s", "measured on"]
     rows = []
     for name, cost in results["costs"].items():
         trained = cost["weights"]
@@ -138,15 +148,17 @@ def cost_table(results: Results) -> dict[str, Any]:
                 f"{cost['flops'] / 1e15:.3g}" if trained else "",
                 f"{cost['training_seconds']:.0f}" if trained else "",
                 f"{cost['peak_bytes'] / 1e9:.2f} GB" if cost["peak_bytes"] else "",
-                f"{cost['tokens_per_second']:.0f}" if cost["tokens_per_second"] else "",
+                f"{cost['generated_per_second']:.0f}" if cost["generated_per_second"] else "",
+                cost["machine"],
             ]
         )
     return {
         "head": head,
         "rows": rows,
         "caption": "Means over seeds. Seconds: of training, loading included; peak memory: of the "
-        "process that trained, everything included; tokens/s: generated in the tests, all batches "
-        "together. What else ran on the machine is in them.",
+        "process in training (in answering, if nothing trains), everything included; tokens/s: "
+        "generated in the tests, all batches together, the prompts' reading included. What else "
+        "ran on the machine is in them.",
     }
 
 

@@ -1,9 +1,11 @@
 """Run an experiment: make models and data, train and score all systems, compare, report."""
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,13 @@ from transformers.utils import logging as transformers_logging
 
 from graftlm.reproduce import comparison
 from graftlm.reproduce.experiment import Experiment
+from graftlm.reproduce.files import write_text
 from graftlm.reproduce.hardware import hardware
 from graftlm.reproduce.jobs import Job, Outcome, Study, jobs_of, outcomes
+from graftlm.reproduce.metrics import CHRF
 from graftlm.reproduce.report import print_summary, write_report
-from graftlm.reproduce.systems import OURS
+from graftlm.reproduce.sandbox import guards
+from graftlm.reproduce.systems import OURS, SAME_TRAINING
 
 
 def run(
@@ -51,12 +56,15 @@ def run(
     console = console or Console()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
+    claim(folder, experiment)
+    held_in = isolation(experiment, console)
     transformers_logging.disable_progress_bar()
     start = time.perf_counter()
     study = Study(
         experiment=experiment,
-        models=experiment.models(folder, {experiment.system(n).reads_model for n, _ in systems}),
+        models=experiment.models(
+            folder, {experiment.system(n).reads_model for n, _ in systems}, device
+        ),
         folder=folder,
         device=device,
         run_code=run_code,
@@ -88,23 +96,26 @@ def run(
             name: {group: len(examples) for group, examples in groups.items()}
             for name, groups in {**data[0].tests, "before": data[0].retention}.items()
         },
+        "answered": {name: test.answered for name, test in experiment.tests.items()},
         "table": comparison.cells_as_json(table),
         "gains": comparison.gains(experiment, table),
         "goals": comparison.verdicts(experiment, table),
         "costs": comparison.costs(taken),
         "losses": comparison.curves(taken),
         "samples": samples(data[0], found),
-        "notes": dict(data[0].notes),
+        "notes": dict(data[0].notes) | held_in,
         "settings": {
             "composition": asdict(experiment.composition),
             "training": asdict(experiment.training),
             "composition examples": len(data[0].composition),
+            "domain examples": len(data[0].domain),
         }
         | dict(experiment.changes),
         "seconds": time.perf_counter() - start,
         "hardware": hardware(device, jobs),
         "versions": {
-            name: version(name) for name in ("graftlm", "torch", "transformers", "sacrebleu")
+            name: version(name)
+            for name in ("graftlm", "torch", "transformers", *scored_by(experiment))
         },
     }
     write_report(folder, results, plots=plots)
@@ -123,16 +134,79 @@ def check(
             raise ValueError(f"system {name!r} is none of {', '.join(known)}")
         if seeds < 1:
             raise ValueError(f"seeds must be at least 1, got {seeds} for {name}")
+        trained = SAME_TRAINING.get(name)
+        if trained is not None and seeds > dict(systems).get(trained, 0):
+            raise ValueError(
+                f"{name} is {trained}, tested in another way, so it cannot have more seeds: ask "
+                f"for {trained}:{seeds} too"
+            )
     if OURS not in dict(systems):
         raise ValueError("systems lacks 'composed', with which the others are compared")
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
-    needs_code = any(m.needs == "tests" for test in experiment.tests.values() for m in test.metrics)
-    if needs_code and not run_code:
+    if runs_programs(experiment) and not run_code:
         raise ValueError(
             "this experiment runs programs that models wrote, in a child process with limits; "
-            "say that it may with --allow-code-execution, or leave these tests out with "
-            "--no-programs"
+            "say that it may with --allow-code-execution, or leave these tests out "
+            "(--no-programs and no --mbpp)"
+        )
+    wanted = {"sacrebleu"} if scored_by(experiment) else set()
+    if any(known[name].trains == "lora" for name, _ in systems):
+        wanted.add("peft")
+    missing = sorted(name for name in wanted if find_spec(name) is None)
+    if missing:
+        raise ImportError(
+            f"{missing[0]} is not installed, which this experiment needs; "
+            "run: pip install 'graftlm[reproduce]'"
+        )
+
+
+def scored_by(experiment: Experiment) -> tuple[str, ...]:
+    """The library that scores, where one does."""
+    has_chrf = any(metric is CHRF for test in experiment.tests.values() for metric in test.metrics)
+    return ("sacrebleu",) if has_chrf else ()
+
+
+def runs_programs(experiment: Experiment) -> bool:
+    """Whether a test runs programs that models wrote."""
+    return any(m.needs == "tests" for test in experiment.tests.values() for m in test.metrics)
+
+
+def isolation(experiment: Experiment, console: Console) -> dict[str, str]:
+    """What holds in the programs that models write, for the report; a warning if it is little."""
+    if not runs_programs(experiment):
+        return {}
+    held = guards()
+    if missing := {"landlock", "seccomp"} - set(held):
+        console.print(
+            f"Warning: this machine has no {' and no '.join(sorted(missing))}, so programs that "
+            "models write may read your files or reach the network (reproduce/sandbox.py); better "
+            "run this in a container",
+            markup=False,
+        )
+    return {"programs held in by": ", ".join(held)}
+
+
+def claim(folder: Path, experiment: Experiment) -> None:
+    """Make a folder this experiment's, in these settings; reports of others would be lost.
+
+    Raises:
+        ValueError: If it is another's.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    mine = {
+        "experiment": experiment.name,
+        **experiment.changes,
+        "examples": experiment.training.examples,
+        "tests": sorted(experiment.tests),
+    }
+    mark = folder / "experiment.json"
+    if not mark.exists():
+        write_text(mark, json.dumps(mine) + "\n")
+    elif (found := json.loads(mark.read_text(encoding="utf-8"))) != mine:
+        raise ValueError(
+            f"{str(folder)!r} holds results of {found}, not of {mine}; name another folder with "
+            "--output"
         )
 
 

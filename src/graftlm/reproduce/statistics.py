@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 
 import numpy as np
+from scipy.stats import ttest_1samp
 
 from graftlm.reproduce.metrics import Metric, Rows
 
@@ -19,7 +20,8 @@ class Comparison:
         difference: Ours less theirs, mean over the seeds both have.
         low, high: 95 % of the resampled differences lie between.
         p: How probable so large a difference is by chance; two-sided.
-        p_corrected: The same, if all comparisons of the table are to hold at once (Holm).
+        p_corrected: The same, if all comparisons with ours on these examples are to hold at once
+            (Holm).
         seeds: That both have.
     """
 
@@ -90,11 +92,13 @@ def bootstrap(
 
     p is how often a resampled difference lies as far from the observed one as that lies from
     zero, as in sacrebleu's paired bootstrap. With one seed, only examples are resampled: the
-    result then says nothing about other seeds.
+    result then says nothing about other seeds. A few seeds resampled show less than their spread,
+    so p is at least that of a paired t-test over the seeds.
     """
     seeds = min(len(ours), len(theirs))
     pairs = list(zip(ours[:seeds], theirs[:seeds], strict=True))
-    observed = fmean(float(metric.score(a.sum(0)) - metric.score(b.sum(0))) for a, b in pairs)
+    by_seed = [float(metric.score(a.sum(0)) - metric.score(b.sum(0))) for a, b in pairs]
+    observed = fmean(by_seed)
     rng = np.random.default_rng(0)
     size = min(len(a) for a, _ in pairs)
     differences = np.empty(resamples)
@@ -109,10 +113,17 @@ def bootstrap(
         differences[start : start + number] = np.take_along_axis(scores.T, drawn, 1).mean(1)
     extreme = np.abs(differences - differences.mean()) >= abs(observed)
     low, high = np.quantile(differences, [0.025, 0.975])
-    p = (int(extreme.sum()) + 1) / (resamples + 1)
+    p = max((int(extreme.sum()) + 1) / (resamples + 1), p_of_seeds(by_seed))
     return Comparison(
         difference=observed, low=float(low), high=float(high), p=p, p_corrected=p, seeds=seeds
     )
+
+
+def p_of_seeds(differences: Sequence[float]) -> float:
+    """Of a paired t-test, two-sided; 0, which decides nothing, where there is none."""
+    if len(differences) < 2 or len(set(differences)) == 1:
+        return 0.0
+    return float(ttest_1samp(differences, 0.0).pvalue)
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:

@@ -22,7 +22,8 @@ class System:
             specialists, randomly initialised ones, or the anchor itself.
         reads: "prompt" keeps the answer from the augmenting models.
         wrong: Whether they read another example in training, or in the test.
-        learns: "domain" trains on the augmenting models' texts too.
+        learns: "domain" trains on the augmenting models' texts too, as many as
+            `Training.domain_examples` says.
         alone: For systems without bridges: whose answer it is.
         one_by_one: Whether the augmenting models' bridges are trained in turn, earlier ones frozen.
         only: Of several augmenting models, those that are there; all if empty.
@@ -60,9 +61,9 @@ SYSTEMS = {
     "self": System(title="composed with a copy of m_B", reads_model="anchor"),
     "prompt": System(title="m_A reads the prompt only", reads="prompt"),
     "lora": System(title="LoRA on D_C, as many parameters", trains="lora"),
-    "lora-domain": System(title="LoRA on all domain data and D_C", trains="lora", learns="domain"),
+    "lora-domain": System(title="LoRA on domain data and D_C", trains="lora", learns="domain"),
     "full": System(
-        title="full fine-tuning on all domain data and D_C", trains="anchor", learns="domain"
+        title="full fine-tuning on domain data and D_C", trains="anchor", learns="domain"
     ),
 }
 # The composed model of a seed is scored twice, not trained twice.

@@ -83,7 +83,7 @@ def data(seed: int, *, num_tests: int) -> Data:
     return load_data(num_tests=num_tests)
 
 
-def models(folder: Path, read: Set[str]) -> Models:
+def models(folder: Path, read: Set[str], device: str) -> Models:
     """Both as `make models` fetches them."""
-    del folder, read
+    del folder, read, device
     return Models(anchor=require_model(ANCHOR), augmenting={"gemma": require_model(AUGMENTING)})
