@@ -37,15 +37,15 @@ def test_a_sound_model_passes(model, reads):
 
 def test_a_leak_is_found(model, monkeypatch):
     """A bridge that reads all positions, as the authors' code does, must fail."""
-    from graftlm import composed
+    from graftlm import shared_tokens
 
     def leaking(**kwargs):
         alignment: Any = aligned(**kwargs)
         object.__setattr__(alignment, "cross_mask", torch.zeros_like(alignment.cross_mask))
         return alignment
 
-    aligned = composed.align
-    monkeypatch.setattr(composed, "align", leaking)
+    aligned = shared_tokens.align
+    monkeypatch.setattr(shared_tokens, "align", leaking)
     checks = results(model)
     assert not checks["no look into the future"].passed
     assert checks["no look into the future"].measured > 1e-3

@@ -66,10 +66,10 @@ def costs(outcomes: Mapping[str, Mapping[int, Outcome]]) -> dict[str, Any]:
     """Means over the seeds of what each system took."""
     made = {}
     for name, seeds in outcomes.items():
-        taken = [asdict(outcome.cost) for outcome in seeds.values()]
+        taken: list[dict[str, Any]] = [asdict(outcome.cost) for outcome in seeds.values()]
         machines = sorted({one.pop("machine") for one in taken})
-        made[name] = {key: mean([one[key] for one in taken]) for key in taken[0]}
-        made[name]["machine"] = "; ".join(machines)
+        means = {key: mean([one[key] for one in taken]) for key in taken[0]}
+        made[name] = means | {"machine": "; ".join(machines)}
     return made
 
 
