@@ -104,7 +104,7 @@ def label_of(row: dict[str, Any]) -> str:
     setting = row["setting"]
     words = [
         f"{setting['batch']}×{setting['length']}",
-        f"{setting['connections']} connections{', narrow' * setting['narrow']}",
+        f"{setting['connections']} connections{', narrow' * setting.get('narrow', False)}",
         " + ".join(setting["augmenting"]),
         setting["dtype"],
     ]

@@ -535,7 +535,7 @@ def test_what_is_tested_twice_is_trained_once(experiment: Experiment) -> None:
 def test_a_share_of_the_examples_is_drawn_from_all(experiment: Experiment, models: Models) -> None:
     made = make(experiment, models, "composed")
     data = replace(experiment.data(0), composition=[*examples("Up", 16), *examples("Down", 16)])
-    settings = replace(experiment.training, examples=64, distinct=0.25)
+    settings = replace(experiment.training, examples=64, distinct=0.25)  # of 32
     drawn = {
         seed: {
             e.prompt
@@ -547,6 +547,9 @@ def test_a_share_of_the_examples_is_drawn_from_all(experiment: Experiment, model
     assert [len(found) for found in drawn.values()] == [8, 8]
     assert drawn[0] != drawn[1]
     assert {prompt.split(":")[0] for prompt in drawn[0]} == {"Up", "Down"}
+    few = replace(settings, examples=8)  # of 8: no more would be seen
+    [(_, some)] = jobs.stages(System(title=""), made, data, few, 0)
+    assert len({e.prompt for e in some}) == 2
 
 
 def test_the_domain_is_read_before_the_composition(experiment: Experiment, models: Models) -> None:
@@ -602,26 +605,58 @@ def test_the_pipelines_parts_are_shown_what_they_are_asked(
         assert text.count(one.source) == 1  # it is asked about, not shown
         assert all(other.source in text for other in data.shots["Up"])
     asked.clear()
-    jobs.through_text(study, data.shots, examples("Up", 1), hinting.tests["near"])
+    spoken = answering.Generated()
+    speaker, some, test = jobs.speaker_of(study), examples("Up", 1), hinting.tests["near"]
+    [(given, _)] = jobs.through_text(study, speaker, data.shots, some, test, spoken)
     assert all(one.source in asked[0] for one in data.shots["Up"])
+    assert given.closing.endswith("a hint")
 
 
-def test_tokens_are_counted_up_to_their_ends(experiment: Experiment, models: Models) -> None:
-    made = make(experiment, models, "anchor")
-    test, generated = Test(metrics=(), most_tokens=6), answering.Generated()
-    assert generated.tokens_per_second is None
-    said = answering.say(made, examples(number=3), test, 3, generated)
-    assert 3 <= generated.tokens <= 18
-    if not any(ended for _, ended in said):
-        assert generated.tokens == 18
-    assert generated.tokens_per_second == generated.tokens / generated.seconds
+def test_what_the_pipeline_writes_is_judged(
+    experiment: Experiment, models: Models, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Programs are made of both parts: what m_A began and what m_B went on with."""
+    given: list[str] = []
+
+    def passes(some: Any, texts: list[str], *, allowed: bool) -> list[bool]:
+        given.extend(texts)
+        return [allowed] * len(texts)
+
+    monkeypatch.setattr("graftlm.reproduce.code_tests.passes", passes)
+    monkeypatch.setattr(jobs, "say", lambda runner, some, *_: [("begun ", True)] * len(some))
+    tests = {"near": Test(metrics=(metrics.PASS_AT_1,), most_tokens=4)}
+    study = jobs.Study(
+        experiment=replace(experiment, tests=tests, training=experiment.training),
+        models=models,
+        folder=tmp_path,
+        device="cpu",
+        run_code=True,
+    )
+    system, made = experiment.system("pipeline"), make(experiment, models, "pipeline")
+    generated = answering.Generated()
+    some, data = examples(number=2), experiment.data(0)
+    found = jobs.answer(study, system, made, data, some, tests["near"], generated)
+    assert [one.passed for one in found] == [True, True]
+    assert all(text.startswith("begun ") and len(text) > len("begun ") for text in given)
+    assert generated.tokens > 0
+
+
+def test_tokens_are_counted_up_to_their_ends() -> None:
+    """EOS is 2, and pads; 7 ends an answer too."""
+    rows = [[5, 6, 7, 2, 2], [5, 2, 2, 2, 2], [5, 6, 5, 6, 5], [7, 2, 2, 2, 2]]
+    assert answering.num_tokens(torch.tensor(rows), [2, 7]) == 3 + 2 + 5 + 1
+    assert answering.Generated().tokens_per_second is None
+    assert answering.Generated(tokens=6, seconds=2.0).tokens_per_second == 3
 
 
 def test_a_folder_is_one_experiments(experiment: Experiment, tmp_path: Path) -> None:
+    other = replace(experiment, training=replace(experiment.training, examples=12))
+    run.check_folder(tmp_path, other)  # which then failed: nothing is claimed
+    run.check_folder(tmp_path, experiment)
     run.claim(tmp_path, experiment)
-    run.claim(tmp_path, experiment)
+    run.check_folder(tmp_path, experiment)
     with pytest.raises(ValueError, match=r"holds results of .*'examples': 8.*--output"):
-        run.claim(tmp_path, replace(experiment, training=replace(experiment.training, examples=12)))
+        run.check_folder(tmp_path, other)
 
 
 def test_missing_libraries_are_named_before_anything_runs(
@@ -631,6 +666,7 @@ def test_missing_libraries_are_named_before_anything_runs(
     for systems, name in (
         ([("composed", 1)], "sacrebleu"),
         ([("composed", 1), ("lora", 1)], "peft"),
+        ([("composed", 2)], "sacrebleu"),
     ):
         with pytest.raises(ImportError, match=f"{name} is not installed, which this experiment"):
             run.run(experiment, systems=systems, output=tmp_path / "none", console=QUIET)
@@ -762,11 +798,10 @@ def test_systems_are_named_with_their_seeds() -> None:
 @pytest.mark.parametrize("preset", flags.PRESETS)
 def test_goals_are_of_what_there_is(module: Any, preset: str) -> None:
     experiment = module.experiment(preset)
+    assert experiment.goals
     for goal in experiment.goals:
         assert goal.test in experiment.tests
         assert set(goal.beats) <= set(experiment.systems)
-        judged = comparison.judge(experiment, goal, {goal.test: {}})
-        assert judged == {"met": None, "numbers": []}
 
 
 # ---- two models --------------------------------------------------------------------------

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Int
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from graftlm.greedy import GREEDY
@@ -40,10 +42,15 @@ def ask(
     test: Test,
     *,
     batch_size: int,
-    run_code: bool,
+    run_code: bool | None,
     generated: Generated | None = None,
 ) -> list[Answer]:
-    """Everything that the metrics of a test need; what is generated is added to `generated`."""
+    """Everything that the metrics of a test need.
+
+    Args:
+        run_code: Whether programs that models wrote may be run; None leaves them to be judged.
+        generated: What is generated is added to it.
+    """
     needs = {metric.needs for metric in test.metrics}
     answers = [Answer() for _ in examples]
     if "bits" in needs:
@@ -53,7 +60,7 @@ def ask(
         said = say(runner, asked, test, batch_size, generated)
         for number, (text, ended) in enumerate(said):
             answers[number] = replace(answers[number], text=text, ended=ended)
-    if "tests" in needs:
+    if "tests" in needs and run_code is not None:
         answers = judged(examples, answers, run_code)
     return answers
 
@@ -117,15 +124,20 @@ def say(
         length = test.most_tokens or math.ceil(longest * ROOM) + 4
         start = time.perf_counter()
         answers = generate(runner, prompts, length, test.stop)
-        is_end = answers == runner.tokenizer.eos_token_id
-        generated.tokens += int((is_end.cumsum(1) - is_end.long() == 0).sum())  # no padding
+        generated.tokens += num_tokens(answers, ends(runner.tokenizer, test.stop))
         generated.seconds += time.perf_counter() - start
-        ended = is_end.any(1).tolist()
+        ended = (answers == runner.tokenizer.eos_token_id).any(1).tolist()
         texts = runner.tokenizer.batch_decode(answers, skip_special_tokens=True)
         for number, text, end in zip(numbers, texts, ended, strict=True):
             stopped = test.stop is not None and test.stop in text.lstrip("\n")
             said[number] = (cut(text, test.stop), end or stopped)
     return said
+
+
+def num_tokens(answers: Int[Tensor, "rows length"], end_ids: Sequence[int]) -> int:
+    """Tokens of all rows up to each one's end, which counts; what follows is padding."""
+    is_end = torch.isin(answers, torch.tensor(end_ids, device=answers.device))
+    return int((is_end.cumsum(1) - is_end.long() == 0).sum())
 
 
 def cut(text: str, stop: str | None) -> str:

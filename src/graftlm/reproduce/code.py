@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
-from graftlm.reproduce.code_data import draw, load_data
+from graftlm.reproduce.code_data import draw, load_data, new_tests
 from graftlm.reproduce.code_sources import COMPLETE, DESCRIBE, load_codexglue, load_mbpp
 from graftlm.reproduce.code_tests import END_OF_ANSWER
 from graftlm.reproduce.domain import shuffled_pieces
@@ -53,7 +53,7 @@ ABLATIONS = {
     ),
     "no-position": System(title="no position (the paper)", composition={"position": "none"}),
     "committed": System(title="sees finished words only", composition={"alignment": "committed"}),
-    "dc-10%": System(title="a tenth of D_C, ten times", training={"distinct": 0.1}),
+    "dc-10%": System(title="a tenth as many examples, ten times", training={"distinct": 0.1}),
 }
 
 
@@ -148,7 +148,7 @@ def experiment(
         pipeline=pipeline,
         in_bf16=True,
         answer_batch=24,
-        changes={"preset": preset},
+        changes={"preset": preset, "mbpp": mbpp, "codexglue": list(codexglue)},
     )
 
 
@@ -161,10 +161,17 @@ def data(
     found = load_data(num_tests=num_tests)
     tests = {name: some for name, some in found.tests.items() if programs or name != "HumanEval"}
     if mbpp:
-        tests["MBPP"] = {"MBPP": draw(load_mbpp(mbpp), num_tests)}
+        tests["MBPP"] = {"MBPP": draw(unseen(load_mbpp(mbpp), found), num_tests)}
     if codexglue:
-        tests["CodeXGLUE"] = {DESCRIBE: draw(load_codexglue(*codexglue), num_tests)}
+        found_there = unseen(load_codexglue(*codexglue), found)
+        tests["CodeXGLUE"] = {DESCRIBE: draw(found_there, num_tests)}
     return replace(found, domain=shuffled_pieces(found.domain), tests=tests)
+
+
+def unseen(examples: Sequence[Example], data: Data) -> list[Example]:
+    """Those like none of D_C, and of which no long run is in the domain."""
+    texts = [text.target for text in data.domain]
+    return new_tests({"": examples}, data.composition, texts)[""]
 
 
 def models(folder: Path, read: Set[str], device: str) -> Models:

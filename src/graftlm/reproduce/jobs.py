@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from itertools import cycle, islice
 from pathlib import Path
@@ -27,9 +28,10 @@ from graftlm.reproduce.experiment import Experiment, Models, Test, Training
 from graftlm.reproduce.files import write_text
 from graftlm.reproduce.fitting import fit
 from graftlm.reproduce.metrics import Answer
-from graftlm.reproduce.runner import Runner, make_runner, misread
+from graftlm.reproduce.runner import Runner, make_runner, misread, showing
 from graftlm.reproduce.systems import SAME_TRAINING, System
 
+FORMAT = 2  # of a kept outcome
 Answers = dict[str, dict[str, list[Answer]]]  # by test and group
 
 
@@ -306,7 +308,7 @@ def stages(
         yield " (domain)", list(islice(cycle(data.domain), size))  # in the order they came in
     composition = list(data.composition)
     if settings.distinct is not None:
-        size = max(1, round(settings.distinct * len(composition)))
+        size = max(1, round(settings.distinct * min(len(composition), settings.examples)))
         composition = random.Random(seed).sample(composition, size)
     if not system.one_by_one:
         yield "", drawn(composition, settings.examples)
@@ -347,24 +349,26 @@ def answer(
 ) -> list[Answer]:
     """A system's answers; those of the pipeline begin with what the augmenting model said."""
     experiment = study.experiment
-    options = {
-        "batch_size": experiment.answer_batch,
-        "run_code": study.run_code,
-        "generated": generated,
-    }
+    asking = partial(ask, test=test, batch_size=experiment.answer_batch, generated=generated)
     if system.alone != "pipeline" or not all(example.source for example in examples):
-        return ask(runner, examples, test, **options)
-    changed, beginnings, seconds = through_text(study, data.shots, examples, test)
-    generated.seconds += seconds
-    beginnings += [""] * (len(examples) - len(beginnings))
-    own = replace(test, metrics=tuple(m for m in test.metrics if m.needs != "tests"))
+        return asking(runner, examples, run_code=study.run_code)
+    spoken = Generated()
+    pairs = through_text(study, speaker_of(study), data.shots, examples, test, spoken)
+    generated.seconds += spoken.seconds
+    found = asking(runner, [changed for changed, _ in pairs], run_code=None)
     answers = [
-        replace(found, text=None if found.text is None else beginning + found.text)
-        for found, beginning in zip(ask(runner, changed, own, **options), beginnings, strict=True)
+        replace(one, text=None if one.text is None else beginning + one.text)
+        for one, (_, beginning) in zip(found, pairs, strict=True)
     ]
     if any(metric.needs == "tests" for metric in test.metrics):
         answers = judged(examples, answers, study.run_code)
     return answers
+
+
+def speaker_of(study: Study) -> Runner:
+    """The augmenting model, which speaks in the pipeline."""
+    speaker = System(title="", trains=None, alone="augmenting")
+    return make_runner(study.experiment, study.models, speaker, 0, shots={}, device=study.device)
 
 
 def shots_through_text(study: Study, data: Data) -> dict[str, list[Example]]:
@@ -372,52 +376,45 @@ def shots_through_text(study: Study, data: Data) -> dict[str, list[Example]]:
 
     Asked about one of them, it is shown the others.
     """
-    tests = {
-        group: study.experiment.tests[name]
-        for name, groups in data.tests.items()
-        for group in groups
-        if name in study.experiment.tests
-    }
+    tests: dict[str, Test] = {}
+    for name, groups in data.tests.items():
+        for group in groups if name in study.experiment.tests else ():
+            tests.setdefault(group, study.experiment.tests[name])
+    speaker = speaker_of(study) if data.shots else None
     made: dict[str, list[Example]] = {}
     for group, shots in data.shots.items():
         for shot in shots if group in tests else ():
             others = {group: [one for one in shots if one is not shot]}
-            [changed], _, _ = through_text(study, others, [shot], tests[group])
-            made.setdefault(group, []).append(changed)
+            assert speaker is not None
+            pairs = through_text(study, speaker, others, [shot], tests[group], Generated())
+            made.setdefault(group, []).extend(changed for changed, _ in pairs)
     return made
 
 
 def through_text(
-    study: Study, shots: Mapping[str, Sequence[Example]], examples: Sequence[Example], test: Test
-) -> tuple[list[Example], list[str], float]:
-    """What the anchor is given once the augmenting model has spoken.
+    study: Study,
+    speaker: Runner,
+    shots: Mapping[str, Sequence[Example]],
+    examples: Sequence[Example],
+    test: Test,
+    generated: Generated,
+) -> list[tuple[Example, str]]:
+    """What the anchor is given once the augmenting model has spoken; what its answer begins with.
 
     Args:
-        shots: Examples that the augmenting model is shown.
-
-    Returns:
-        The changed examples, what each answer begins with, and the seconds it spoke.
+        speaker: The augmenting model.
+        shots: Examples that it is shown.
+        generated: What it says is added to it.
     """
     experiment = study.experiment
     assert experiment.pipeline is not None
-    speaker = make_runner(
-        experiment,
-        study.models,
-        System(title="", trains=None, alone="augmenting"),
-        0,
-        shots=shots,
-        device=study.device,
-    )
-    generated = Generated()
     asks = experiment.asks or (lambda example: example)
     questions = [asks(example) for example in examples]
-    said = say(speaker, questions, test, experiment.answer_batch, generated)
-    pairs = [
+    said = say(showing(speaker, shots), questions, test, experiment.answer_batch, generated)
+    return [
         experiment.pipeline(example, text)
         for example, (text, _) in zip(examples, said, strict=True)
     ]
-    changed, beginnings = map(list, zip(*pairs, strict=True))
-    return changed, beginnings, generated.seconds
 
 
 # ---- kept outcomes -----------------------------------------------------------------------
@@ -449,6 +446,7 @@ def fingerprint(study: Study, job: Job, data_hash: str) -> str:
         paths += list((models.vanilla or {}).values())
     return hash_of(
         {
+            "format": FORMAT,
             "name": job.name,
             "seed": seed_of(study, job),
             "also": job.also,

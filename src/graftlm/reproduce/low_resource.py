@@ -53,7 +53,7 @@ ABLATIONS = {
     "no-position": System(title="no position (the paper)", composition={"position": "none"}),
     "committed": System(title="sees finished words only", composition={"alignment": "committed"}),
     "gate": System(title="a gate that starts at zero", composition={"gate": True}),
-    "dc-10%": System(title="a tenth of D_C, ten times", training={"distinct": 0.1}),
+    "dc-10%": System(title="a tenth of D_C, repeated", training={"distinct": 0.1}),
 }
 
 

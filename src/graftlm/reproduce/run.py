@@ -23,6 +23,8 @@ from graftlm.reproduce.report import print_summary, write_report
 from graftlm.reproduce.sandbox import guards
 from graftlm.reproduce.systems import OURS, SAME_TRAINING
 
+MARK = "experiment.json"  # whose report a folder holds
+
 
 def run(
     experiment: Experiment,
@@ -50,13 +52,16 @@ def run(
         What `results.json` holds.
 
     Raises:
-        ValueError: If a system does not exist or cannot be run, or a number is not positive.
+        ValueError: If a system does not exist or cannot be run, a number is not positive, or the
+            folder holds another experiment's report.
+        ImportError: If a library is not installed that an experiment or a system needs.
+        RuntimeError: If programs are to be run on a machine that cannot hold them in.
     """
     check(experiment, systems, jobs, run_code)
     console = console or Console()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     folder = Path(output)
-    claim(folder, experiment)
+    check_folder(folder, experiment)
     held_in = isolation(experiment, console)
     transformers_logging.disable_progress_bar()
     start = time.perf_counter()
@@ -69,11 +74,14 @@ def run(
         device=device,
         run_code=run_code,
     )
+    claim(folder, experiment)
+    asked = dict(systems)
     found: dict[str, dict[int, Any]] = {}
     taken: dict[str, dict[int, Outcome]] = {}
     for job, outcome in outcomes(study, jobs_of(experiment, systems), jobs, console):
         for name, answers in outcome.answers.items():
-            found.setdefault(name, {})[job.seed] = answers
+            if job.seed < asked.get(name, 0):
+                found.setdefault(name, {})[job.seed] = answers
         taken.setdefault(job.name, {})[job.seed] = outcome
         console.print(done(job, outcome))
     order = [name for name, _ in systems if name in found]
@@ -102,7 +110,7 @@ def run(
         "goals": comparison.verdicts(experiment, table),
         "costs": comparison.costs(taken),
         "losses": comparison.curves(taken),
-        "samples": samples(data[0], found),
+        "samples": samples(data[0], {name: found[name] for name in order}),
         "notes": dict(data[0].notes) | held_in,
         "settings": {
             "composition": asdict(experiment.composition),
@@ -153,6 +161,8 @@ def check(
     wanted = {"sacrebleu"} if scored_by(experiment) else set()
     if any(known[name].trains == "lora" for name, _ in systems):
         wanted.add("peft")
+    if max(seeds for _, seeds in systems) > 1:
+        wanted.add("scipy")
     missing = sorted(name for name in wanted if find_spec(name) is None)
     if missing:
         raise ImportError(
@@ -187,23 +197,33 @@ def isolation(experiment: Experiment, console: Console) -> dict[str, str]:
     return {"programs held in by": ", ".join(held)}
 
 
-def claim(folder: Path, experiment: Experiment) -> None:
-    """Make a folder this experiment's, in these settings; reports of others would be lost.
-
-    Raises:
-        ValueError: If it is another's.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    mine = {
+def settings_in(experiment: Experiment) -> dict[str, Any]:
+    """What the reports of a folder have in common."""
+    told = {
         "experiment": experiment.name,
         **experiment.changes,
         "examples": experiment.training.examples,
         "tests": sorted(experiment.tests),
     }
-    mark = folder / "experiment.json"
-    if not mark.exists():
-        write_text(mark, json.dumps(mine) + "\n")
-    elif (found := json.loads(mark.read_text(encoding="utf-8"))) != mine:
+    return json.loads(json.dumps(told))
+
+
+def claim(folder: Path, experiment: Experiment) -> None:
+    """Write down whose reports a folder holds."""
+    write_text(folder / MARK, json.dumps(settings_in(experiment)) + "\n")
+
+
+def check_folder(folder: Path, experiment: Experiment) -> None:
+    """Make a folder, or see that it is this experiment's in these settings.
+
+    Raises:
+        ValueError: If it is another's, whose report would be lost.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / MARK).exists():
+        return
+    found, mine = json.loads((folder / MARK).read_text("utf-8")), settings_in(experiment)
+    if found != mine:
         raise ValueError(
             f"{str(folder)!r} holds results of {found}, not of {mine}; name another folder with "
             "--output"

@@ -100,15 +100,26 @@ def alone(
 ) -> Runner:
     """A model by itself, with examples in its prompt if there are any."""
     tokenizer: Any = AutoTokenizer.from_pretrained(path)
-    return Runner(
+    runner = Runner(
         model=load(experiment, path, device).eval(),
         tokenizer=tokenizer,
-        encode=lambda examples: [
-            feature(example, tokenizer, shown(shots.get(example.group, ()))) for example in examples
-        ],
+        encode=lambda examples: [feature(example, tokenizer) for example in examples],
         collate=pad,
         bf16=experiment.training.bf16,
     )
+    return showing(runner, shots)
+
+
+def showing(runner: Runner, shots: Mapping[str, Sequence[Example]]) -> Runner:
+    """The same model with examples in its prompt, of the group that is asked."""
+
+    def encode(examples: Sequence[Example]) -> Features:
+        return [
+            feature(example, runner.tokenizer, shown(shots.get(example.group, ())))
+            for example in examples
+        ]
+
+    return replace(runner, encode=encode)
 
 
 def composed(experiment: Experiment, models: Models, system: System, device: str) -> Runner:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 
 import numpy as np
-from scipy.stats import ttest_1samp
 
 from graftlm.reproduce.metrics import Metric, Rows
 
@@ -123,6 +122,8 @@ def p_of_seeds(differences: Sequence[float]) -> float:
     """Of a paired t-test, two-sided; 0, which decides nothing, where there is none."""
     if len(differences) < 2 or len(set(differences)) == 1:
         return 0.0
+    from scipy.stats import ttest_1samp
+
     return float(ttest_1samp(differences, 0.0).pvalue)
 
 
