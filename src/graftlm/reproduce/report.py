@@ -19,9 +19,9 @@ WORDS = {True: "met", False: "missed", None: "not measured"}
 LEGEND = (
     f"`*` composed is better, `†` it is worse, with p < {LEVEL} after Holm's correction over the "
     "systems of a column: paired bootstrap over examples and, where there are several, seeds "
-    "(10,000 resamples) that both have, and not below p of a t-test over these seeds. ± is the "
-    "deviation over seeds. The share of gain: how much of what composed gains over m_B alone a row "
-    "gains too."
+    "(10,000 resamples) that both have, and not below p of a t-test over three seeds and more. "
+    "± is the deviation over seeds. The share of gain: how much of what composed gains over m_B "
+    "alone a row gains too."
 )
 Results = Mapping[str, Any]
 

@@ -92,7 +92,7 @@ def bootstrap(
     p is how often a resampled difference lies as far from the observed one as that lies from
     zero, as in sacrebleu's paired bootstrap. With one seed, only examples are resampled: the
     result then says nothing about other seeds. A few seeds resampled show less than their spread,
-    so p is at least that of a paired t-test over the seeds.
+    so p is at least that of a paired t-test over the seeds, from three on.
     """
     seeds = min(len(ours), len(theirs))
     pairs = list(zip(ours[:seeds], theirs[:seeds], strict=True))
@@ -120,7 +120,7 @@ def bootstrap(
 
 def p_of_seeds(differences: Sequence[float]) -> float:
     """Of a paired t-test, two-sided; 0, which decides nothing, where there is none."""
-    if len(differences) < 2 or len(set(differences)) == 1:
+    if len(differences) < 3 or len(set(differences)) == 1:
         return 0.0
     from scipy.stats import ttest_1samp
 
