@@ -28,7 +28,8 @@ def machine(device: str) -> str:
     """What times were measured on, in short."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name()
-    return f"{cpu_model()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{cpu_model()}, {threads} {'thread' if threads == 1 else 'threads'}"
 
 
 def on_one_device(**settings: Any) -> TrainingArguments:
