@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-import graftlm.composed
+import graftlm.shared_tokens
 from families import tiny, tiny_llama
 from graftlm import Connection, compose
 from graftlm.alignment import align
@@ -61,7 +61,7 @@ def test_the_leak_test_finds_a_leak(monkeypatch):
     def ahead(**arguments):
         return align(**arguments | {"past_length": arguments["past_length"] + 1})
 
-    monkeypatch.setattr(graftlm.composed, "align", ahead)
+    monkeypatch.setattr(graftlm.shared_tokens, "align", ahead)
     losses = held_out_losses(random_pair())
     assert losses[-1] < math.log(SYMBOLS) - 1, losses
 
