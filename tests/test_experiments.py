@@ -490,7 +490,7 @@ def seen_gpu(number: int) -> str:
 
 
 @pytest.mark.slow
-def test_each_process_has_a_gpu_that_no_other_has() -> None:
+def test_each_process_takes_a_free_gpu_and_gives_it_back() -> None:
     """More processes than GPUs, one after another: each takes one, and gives it back."""
     context = multiprocessing.get_context("spawn")
     free = context.SimpleQueue()
