@@ -516,10 +516,15 @@ class Visitor:
         self.page.get_by_label("Prompt").wait_for()
 
     def set(self, label: str, value: float) -> None:
-        """Write a number into a field."""
+        """Write a number into a field, until it stays: Gradio resets one that it has just shown."""
         field = self.page.locator(f"input[type=number][aria-label*='{label}']")
-        field.fill(str(value))
-        field.press("Tab")
+        for _ in range(20):
+            field.fill(str(value))
+            field.press("Tab")
+            self.page.wait_for_timeout(200)
+            if field.input_value() == str(value):
+                return
+        raise AssertionError(f"{label} does not stay at {value}")
 
     def generate(self, prompt: str, new_tokens: int = 40) -> None:
         if not self.page.get_by_label("number input for New tokens").is_visible():
