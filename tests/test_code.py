@@ -411,6 +411,18 @@ def test_files_that_are_in_no_package_can_be_tested_on(tmp_path, monkeypatch):
         code.experiment("quick", no_programs=True, mbpp=str(mbpp))
 
 
+def test_files_of_nothing_new_are_refused(tmp_path, monkeypatch):
+    row = {"code": "def double(number):\n    return number * 2", "docstring": "Double a number."}
+    glue = write_rows(tmp_path / "test.jsonl", [row])
+    learned = load_codexglue(glue)
+    monkeypatch.setattr(
+        code, "load_data", lambda num_tests: Data(composition=learned, tests={"other packages": {}})
+    )
+    experiment = code.experiment("quick", no_programs=True, codexglue=[str(glue)])
+    with pytest.raises(ValueError, match=r"^all 1 examples of --codexglue are like some that mod"):
+        experiment.data(0)
+
+
 def test_incomplete_mbpp_files_are_refused(tmp_path):
     path = write_rows(tmp_path / "mbpp.jsonl", [mbpp_row(k) for k in (2, 4, 11)])
     with pytest.raises(ValueError, match=r"mbpp.jsonl has no task 3, which MBPP's prompt"):

@@ -161,17 +161,27 @@ def data(
     found = load_data(num_tests=num_tests)
     tests = {name: some for name, some in found.tests.items() if programs or name != "HumanEval"}
     if mbpp:
-        tests["MBPP"] = {"MBPP": draw(unseen(load_mbpp(mbpp), found), num_tests)}
+        tests["MBPP"] = {"MBPP": draw(unseen(load_mbpp(mbpp), found, "--mbpp"), num_tests)}
     if codexglue:
-        found_there = unseen(load_codexglue(*codexglue), found)
+        found_there = unseen(load_codexglue(*codexglue), found, "--codexglue")
         tests["CodeXGLUE"] = {DESCRIBE: draw(found_there, num_tests)}
     return replace(found, domain=shuffled_pieces(found.domain), tests=tests)
 
 
-def unseen(examples: Sequence[Example], data: Data) -> list[Example]:
-    """Those like none of D_C, and of which no long run is in the domain."""
+def unseen(examples: Sequence[Example], data: Data, option: str) -> list[Example]:
+    """Those like none of D_C, and of which no long run is in the domain.
+
+    Raises:
+        ValueError: If none is left.
+    """
     texts = [text.target for text in data.domain]
-    return new_tests({"": examples}, data.composition, texts)[""]
+    left = new_tests({"": examples}, data.composition, texts)[""]
+    if not left:
+        raise ValueError(
+            f"all {len(examples)} examples of {option} are like some that models train on; "
+            "give a file of code that is not installed here"
+        )
+    return left
 
 
 def models(folder: Path, read: Set[str], device: str) -> Models:
