@@ -9,6 +9,7 @@ from graftlm.reproduce.example import Data, Example
 from graftlm.reproduce.experiment import Composition, Experiment, Goal, Models, Test, Training
 from graftlm.reproduce.metrics import BITS_PER_BYTE, CHRF, PERPLEXITY
 from graftlm.reproduce.systems import System
+from tiny import character_tokenizer, save_model
 
 WORDS = ["sand", "hand", "rain", "land", "song", "band", "bird", "wand"]
 
@@ -37,6 +38,22 @@ def data(seed: int, *, size: int = 16) -> Data:
         domain=[Example(group="text", source="", target=word) for word in WORDS],
         retention={"text": [Example(group="text", source="", target="a song of sand")]},
         notes={"made up": "yes"},
+    )
+
+
+def save_models(folder: Path) -> Models:
+    """An anchor, and an augmenting model of other tokens before and after it was a specialist."""
+    save_model(folder / "anchor", seed=1, max_position_embeddings=512)
+    tokenizer = character_tokenizer([("a", "n"), ("an", "d")])
+    size = {"vocab_size": len(tokenizer), "max_position_embeddings": 512}
+    smaller = {"hidden_size": 16, "intermediate_size": 28, "num_hidden_layers": 3}
+    for seed, name in ((2, "augmenting"), (3, "vanilla")):
+        save_model(folder / name, seed=seed, **smaller, **size)
+        tokenizer.save_pretrained(folder / name)
+    return Models(
+        anchor=folder / "anchor",
+        augmenting={"augmenting": folder / "augmenting"},
+        vanilla={"augmenting": folder / "vanilla"},
     )
 
 
