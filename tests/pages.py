@@ -139,7 +139,7 @@ def understand(words: list[str]) -> None:
         case ["pip", "install", "."]:
             pass
         case ["pip", "install", name]:
-            extra = re.fullmatch(r"graftlm\[(\w+)\]", name)
+            extra = re.fullmatch(r"(?:graftlm|\.)\[(\w+)\]", name)
             project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
             assert extra, name
             assert extra[1] in project["optional-dependencies"], name
