@@ -27,7 +27,7 @@ def literal_parts(node: ast.expr) -> list[str]:
 def messages() -> list[tuple[str, str]]:
     """Each raise of the library with the longest fixed piece of its message."""
     found = []
-    for path in sorted(PACKAGE.glob("*.py")):
+    for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
                 longest = max(literal_parts(node.exc.args[0]), key=len, default="")
