@@ -581,6 +581,9 @@ def test_verify_tells_by_its_status(
     shown = output.of("verify", opened, "--seed", "4")
     assert "no look into the future" in shown
     assert " hold\n" in shown
+    assert "--dtype" not in shown
+    shown = output.of("verify", opened, "--dtype", "bfloat16")
+    assert "In bfloat16 much is allowed for rounding; --dtype float32 looks 65,536 times" in shown
     other = save_model(tmp_path / "other", seed=9)
     shown = output.of("verify", opened, "--anchor", other, status=1)
     line = next(line for line in shown.splitlines() if line.startswith("anchor: same weights"))

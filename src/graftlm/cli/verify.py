@@ -1,6 +1,7 @@
 """`graftlm verify`: prove the claims of exactness on the user's own models."""
 
 import argparse
+from typing import Any
 
 from graftlm.cli import options
 from graftlm.cli.generate import load
@@ -22,7 +23,8 @@ def run(args: argparse.Namespace) -> int:
     from graftlm.verification import verify
 
     # The checks recompute the fingerprints, and show which one differs.
-    checks = verify(load(args, check_bases=False), seed=args.seed)
+    model = load(args, check_bases=False)
+    checks = verify(model, seed=args.seed)
     numbers = ("measured", "allowed")
     shown = table("claim", "holds", *numbers, "compared", numbers=numbers)
     for check in checks:
@@ -33,5 +35,25 @@ def run(args: argparse.Namespace) -> int:
     console = output()
     show(console, "Checks", shown)
     failed = sum(not check.passed for check in checks)
+    show_precision(console, model)
     console.print(f"{failed} of {len(checks)} failed" if failed else f"all {len(checks)} hold")
     return 1 if failed else 0
+
+
+def show_precision(console: Any, model: Any) -> None:
+    """Say how a closer look is had, where models compute too coarsely for one.
+
+    A bfloat16 has eight bits: what it allows for rounding can hide a small fault.
+    """
+    from torch import finfo, float32
+
+    from graftlm.decoder import computing_dtype
+
+    dtypes = map(computing_dtype, (model.anchor, *model.augmenting.values()))
+    coarsest = max(dtypes, key=lambda dtype: finfo(dtype).eps)
+    if finfo(coarsest).eps > finfo(float32).eps:
+        name = str(coarsest).removeprefix("torch.")
+        console.print(
+            f"In {name} much is allowed for rounding; --dtype float32 looks "
+            f"{finfo(coarsest).eps / finfo(float32).eps:,.0f} times more closely."
+        )
