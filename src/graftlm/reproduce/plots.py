@@ -71,10 +71,10 @@ def draw_scores(path: Path, results: Mapping[str, Any]) -> str:
         colors = [OUR_COLOR if name == OURS else OTHER_COLOR for name in names]
         axes.barh(names, means, xerr=reach, color=colors, error_kw={"elinewidth": 1})
         digits = results["metrics"][test][metric][1]
-        for place, mean in enumerate(means):
+        for place, (mean, above) in enumerate(zip(means, reach[1], strict=True)):
             axes.annotate(
                 f"{mean:.{digits}f}",
-                (mean, place),
+                (mean + above, place),  # behind the line of the seeds
                 xytext=(6, 0),
                 textcoords="offset points",
                 va="center",
