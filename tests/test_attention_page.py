@@ -15,9 +15,15 @@ import pytest
 from matplotlib import font_manager
 from matplotlib.image import imread
 
-from graftlm import Connection, Explanation
+from graftlm import Connection, Explanation, attention_picture
 from graftlm.attention_page import attention_page
-from graftlm.attention_picture import draw_attention, draw_update_share, drawable, fonts_for
+from graftlm.attention_picture import (
+    draw_attention,
+    draw_update_share,
+    drawable,
+    fonts_for,
+    shortened,
+)
 
 CHROMIUM = shutil.which("chromium")
 TOKENS = ["سل", "ام", " e", "\u0301", "</script>", "$a$", "狐", "\n", "", "a long text of 25 chars"]
@@ -223,7 +229,7 @@ def test_pictures_are_drawn_without_a_warning(tmp_path: Path) -> None:
 def test_a_picture_shows_the_weights(tmp_path: Path) -> None:
     """A single weight of 1 is the only cell in the fullest colour, where it belongs."""
     weights = np.zeros((3, 10, 7), np.float32)
-    weights[1, 2, 5] = 1.0
+    weights[1, 2, 3] = 1.0
     shown = replace(explanation(), attention=[weights] * 2)
     draw_attention(shown, tmp_path / "one.png", connection=0, head=1)
     draw_attention(shown, tmp_path / "none.png", connection=0, head=2)
@@ -250,10 +256,96 @@ def test_what_is_not_there_is_not_drawn(options, message, tmp_path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_characters_without_a_glyph_are_numbers(monkeypatch) -> None:
+@pytest.fixture
+def only_dejavu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with no font but matplotlib's own."""
     only = [f for f in font_manager.fontManager.ttflist if f.name == "DejaVu Sans"]
     monkeypatch.setattr(font_manager.fontManager, "ttflist", only)
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What is saved, instead of files, as matplotlib lays it out."""
+    kept: list[Any] = []
+
+    def lay_out(figure: Any, path: Any) -> None:
+        figure.draw_without_rendering()
+        kept.append(figure)
+
+    monkeypatch.setattr(attention_picture, "save", lay_out)
+    return kept
+
+
+@pytest.mark.usefixtures("only_dejavu")
+def test_characters_without_a_glyph_are_numbers() -> None:
     fonts = fonts_for(["ab狐c"])
     assert list(fonts) == ["DejaVu Sans"]
     assert drawable("ab狐c", fonts) == "abU+72D0 c"
     assert drawable("سل\u200d", fonts) in ("سل\u200d", "سل")
+
+
+THAI, HINDI = "สวัสดีครับผมชื่อ", "नमस्तेदुनियाकैसे"
+
+
+@pytest.mark.usefixtures("only_dejavu")
+def test_long_labels_are_cut_as_they_are_drawn() -> None:
+    """They were cut to 16 characters first, of which each then became seven."""
+    fonts = fonts_for([THAI, HINDI])
+    assert shortened(THAI, fonts) == "U+0E2A U+0E27…"
+    assert shortened(HINDI, fonts) == "U+0928 U+092E…"
+    assert shortened("狐狸", fonts) == "U+72D0 U+72F8"
+    assert shortened("a text of 16 chs", fonts) == "a text of 16 chs"
+    assert shortened("a text of 17 chrs", fonts) == "a text of 17 ch…"
+    assert shortened("a text of 17 che\u0301s", fonts) == "a text of 17 ch…"
+    assert shortened("a text of 17 ce\u0301rs", fonts) == "a text of 17 c…"
+    assert shortened("e" + "\u0301" * 20, fonts) == "e…"
+
+
+def words(axis: Any) -> list[str]:
+    return [label.get_text() for label in axis.get_ticklabels()]
+
+
+@pytest.mark.usefixtures("only_dejavu")
+def test_long_tokens_leave_the_pictures_whole(figures: list[Any]) -> None:
+    """Labels took all the room: matplotlib warned, and cut titles and all but a label's end."""
+    tokens = [THAI, THAI + "x", HINDI, "狐狸" * 9, *explanation().tokens[4:]]
+    shown = replace(explanation(), tokens=tokens, augmenting_tokens={"other": tokens[:7]})
+    draw_attention(shown, "a.png", connection=0)
+    draw_attention(shown, "all.png")
+    draw_update_share(shown, "u.png")
+    assert words(figures[0].axes[0].yaxis)[:4] == [
+        *("1: U+0E2A U+0E27…", "2: U+0E2A U+0E27…", "3: U+0928 U+092E…", "4: U+72D0 U+72F8…"),
+    ]
+    assert figures[0].axes[0].get_ylabel() == "anchor tokens, numbered"
+    for figure in figures:
+        page = figure.bbox
+        for axes in (axes for axes in figure.axes if axes.get_visible()):
+            assert axes.bbox.height > 40
+            box = axes.get_tightbbox(for_layout_only=False)
+            assert box.x0 >= page.x0 - 1
+            assert box.y0 >= page.y0 - 1
+            assert box.x1 <= page.x1 + 1
+            assert box.y1 <= page.y1 + 1
+
+
+def test_a_long_texts_labels_have_numbers(figures: list[Any]) -> None:
+    """Only some had a label, which looked as if those were all."""
+    tokens = list("<abcd>+" * 80)
+    draw_update_share(replace(explanation(560), tokens=tokens), "u.png")
+    axis = figures[0].axes[-1].xaxis
+    assert words(axis)[:3] == ["1: <", "8: <", "15: <"]
+    assert axis.get_label_text() == "anchor tokens, one in 7 labelled, with its number"
+    draw_update_share(replace(explanation(80), tokens=tokens[:80]), "u.png")
+    axis = figures[1].axes[-1].xaxis
+    assert words(axis) == tokens[:80]
+    assert axis.get_label_text() == "anchor tokens"
+
+
+def test_labels_that_fit_into_their_column_are_not_turned(figures: list[Any]) -> None:
+    """A "<" turned by a quarter is a "V"."""
+    tokens = ["<", "-", "->", "(", "a word", "[EOS]", "7"]
+    draw_attention(replace(explanation(), augmenting_tokens={"other": tokens}), "a.png")
+    for axes in figures[0].axes[:2]:
+        labels = axes.xaxis.get_ticklabels()
+        turned = [label.get_text() for label in labels if label.get_rotation()]
+        assert turned == ["a␣word", "[EOS]"]
