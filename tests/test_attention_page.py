@@ -132,7 +132,8 @@ def test_a_browser_shows_the_numbers(browser, tmp_path):
     assert f"k{best}" in page.inner_text("#most")
     page.select_option("#head", "2")
     page.select_option("#connection", "1")
-    page.wait_for_selector("#canvas[aria-label*='layer 2 → anchor layer 3, head 3 of 3, 10 by 7']")
+    assert page.inner_text("#head option:first-child + option") == "head 0 (of 0 to 2)"
+    page.wait_for_selector("#canvas[aria-label*='layer 2 → anchor layer 3, head 2 (of 0 to 2), 10 by 7']")
     found = np.array(page.evaluate("Array.from(view.weights)")).reshape(10, 7)
     assert np.abs(found - shown.attention[1][2]).max() < 0.005
     share = f"{100 * shown.update_share[1][1]:.1f} %"
@@ -242,6 +243,12 @@ def test_a_picture_shows_the_weights(tmp_path: Path) -> None:
     assert is_full[1].sum() == 0
 
 
+def test_heads_count_from_0_as_layers_do(figures: list[Any]) -> None:
+    draw_attention(explanation(), "a.png", connection=1, head=2)
+    title = figures[0].axes[0].get_title(loc="left")
+    assert title == "other: layer 2 → anchor layer 3\nhead 2 (of 0 to 2)"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -330,7 +337,7 @@ def test_long_tokens_leave_the_pictures_whole(figures: list[Any]) -> None:
 
 def test_a_long_texts_labels_have_numbers(figures: list[Any]) -> None:
     """Only some had a label, which looked as if those were all."""
-    tokens = list("<abcd>+" * 80)
+    tokens: list[str] = ["<", "a", "b", "c", "d", ">", "+"] * 80
     draw_update_share(replace(explanation(560), tokens=tokens), "u.png")
     axis = figures[0].axes[-1].xaxis
     assert words(axis)[:3] == ["1: <", "8: <", "15: <"]

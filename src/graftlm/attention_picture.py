@@ -68,7 +68,7 @@ def title_of(explanation: Explanation, connection: int, head: int | None) -> str
     """What a heatmap shows, in two lines."""
     found = explanation.connections[connection]
     heads = explanation.attention[connection].shape[0]
-    of = f"mean over {heads} heads" if head is None else f"head {head} of 0 to {heads - 1}"
+    of = f"mean over {heads} heads" if head is None else f"head {head} (of 0 to {heads - 1})"
     off = "" if explanation.scales[found.augmenting] else ", switched off"
     return f"{name_of(found)}\n{of}{off}"
 
