@@ -133,7 +133,9 @@ def test_a_browser_shows_the_numbers(browser, tmp_path):
     page.select_option("#head", "2")
     page.select_option("#connection", "1")
     assert page.inner_text("#head option:first-child + option") == "head 0 (of 0 to 2)"
-    page.wait_for_selector("#canvas[aria-label*='layer 2 → anchor layer 3, head 2 (of 0 to 2), 10 by 7']")
+    page.wait_for_selector(
+        "#canvas[aria-label*='layer 2 → anchor layer 3, head 2 (of 0 to 2), 10 by 7']"
+    )
     found = np.array(page.evaluate("Array.from(view.weights)")).reshape(10, 7)
     assert np.abs(found - shown.attention[1][2]).max() < 0.005
     share = f"{100 * shown.update_share[1][1]:.1f} %"
@@ -144,6 +146,28 @@ def test_a_browser_shows_the_numbers(browser, tmp_path):
     assert "reads “k1”" in told
     assert f"{100 * found[1, 1]:.1f} %" in told
     assert troubles == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_more_weight_is_a_stronger_colour_in_light_and_dark(browser, tmp_path, scheme):
+    """On the page's colour a small weight was weaker than none, and the strongest "darkest"."""
+    weights = np.zeros((3, 10, 7), np.float32)
+    weights[:, 4] = np.array([0, 0.001, 0.01, 0.1, 0.2, 0.3, 0.4])
+    page, _ = opened(browser, tmp_path, replace(explanation(), attention=[weights] * 2))
+    page.emulate_media(color_scheme=scheme)
+    page.evaluate("draw()")
+    colors = page.evaluate(
+        """() => [...Array(7).keys()].map((k) => {
+          const {left, top} = edge(), place = [left + k * cell + 10, top + 4 * cell + 10];
+          return Array.from(canvas.getContext("2d").getImageData(...place, 1, 1).data).slice(0, 3);
+        })"""
+    )
+    panel = {"light": [0xF6, 0xF8, 0xFA], "dark": [0x1C, 0x22, 0x28]}[scheme]
+    assert colors[0] == panel
+    distances = [np.abs(np.subtract(color, panel)).sum() for color in colors]
+    assert distances == sorted(set(distances))
+    assert "The stronger the colour, the more is read" in page.inner_text("#scale")
 
 
 @pytest.mark.slow
