@@ -171,6 +171,18 @@ def test_more_weight_is_a_stronger_colour_in_light_and_dark(browser, tmp_path, s
 
 
 @pytest.mark.slow
+def test_no_token_has_a_probability_of_0_or_1(browser, tmp_path):
+    """Rounded to 6 digits some are; softmax gives neither."""
+    places = [[("yes", 1.0), ("perhaps", 0.25), ("hardly", 2e-6), ("no", 0.0)]] * 10
+    shown = replace(explanation(), next_tokens={"composed": places, "anchor": places})
+    page, troubles = opened(browser, tmp_path, shown)
+    numbers = page.eval_on_selector_all("#next td", "(all) => all.map((td) => td.textContent)")
+    assert numbers == ["> 99.9 %", "25.0 %", "< 0.01 %", "< 0.01 %"] * 2
+    assert "“yes” (> 99.9 %)" in page.inner_text("#changes")
+    assert troubles == []
+
+
+@pytest.mark.slow
 def test_letters_join_and_marks_stay_on_them(browser, tmp_path):
     """Tokens side by side take the room that their text takes as a whole."""
     shown = replace(
