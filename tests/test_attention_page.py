@@ -221,6 +221,31 @@ def test_long_texts_scroll_and_phones_need_no_sideways_scrolling(browser, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("width", [390, 1000])
+def test_the_map_follows_the_chosen_token(browser, tmp_path, width):
+    """It stood at its top left, whichever token was chosen; the reader's own scrolling stays."""
+    shown = explanation(200, 150)
+    shown.divergence[:] = np.arange(200) == 120
+    page, troubles = opened(browser, tmp_path, shown, width)
+    place = """() => [state.token * cell - map.scrollTop, canvas.clientHeight - edge().top - cell,
+        view.weights.subarray(state.token * view.columns, (state.token + 1) * view.columns)
+          .reduce((best, weight, k, all) => weight > all[best] ? k : best, 0) * cell
+          - map.scrollLeft, canvas.clientWidth - edge().left - cell]"""
+    page.focus("#text [data-token='120']")
+    for key, token in ((None, 120), ("Home", 0), ("End", 199), ("ArrowUp", 198)):
+        if key:
+            page.keyboard.press(key)
+        assert page.evaluate("state.token") == token
+        top, highest, left, widest = page.evaluate(place)
+        assert 0 <= top <= highest
+        assert 0 <= left <= widest
+    page.evaluate("map.scrollLeft = 300")
+    page.click("#canvas", position={"x": 200, "y": 300})
+    assert page.evaluate("map.scrollLeft") == 300
+    assert troubles == []
+
+
+@pytest.mark.slow
 def test_a_switched_off_model_is_named(browser, tmp_path):
     shown = replace(
         explanation(), scales={"other": 0.0}, attention=[np.zeros((3, 10, 7), np.float32)] * 2
