@@ -171,6 +171,32 @@ def test_more_weight_is_a_stronger_colour_in_light_and_dark(browser, tmp_path, s
 
 
 @pytest.mark.slow
+def test_connections_are_told_apart_where_a_narrow_window_cuts_them(browser, tmp_path):
+    shown = explanation()
+    long = "a_model_of_a_long_name"
+    shown = replace(
+        shown,
+        connections=[replace(c, augmenting=long) for c in shown.connections],
+        scales={long: 1.0},
+        augmenting_tokens={long: shown.augmenting_tokens["other"]},
+        branches={long: shown.branches["other"]},
+    )
+    page, troubles = opened(browser, tmp_path, shown, 320)
+    options = page.inner_text("#connection").splitlines()
+    assert [option[:15] for option in options] == ["layers 0 → 1: a", "layers 2 → 3: a"]
+    room = page.evaluate(
+        """() => {
+          const select = document.getElementById("connection"), pen = canvas.getContext("2d");
+          pen.font = getComputedStyle(select).font;
+          return select.clientWidth - 40 - pen.measureText("layers 0 → 1").width;
+        }"""
+    )
+    assert room > 0
+    assert page.evaluate("document.documentElement.scrollWidth") <= 320
+    assert troubles == []
+
+
+@pytest.mark.slow
 def test_no_token_has_a_probability_of_0_or_1(browser, tmp_path):
     """Rounded to 6 digits some are; softmax gives neither."""
     places = [[("yes", 1.0), ("perhaps", 0.25), ("hardly", 2e-6), ("no", 0.0)]] * 10
