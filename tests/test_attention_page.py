@@ -24,6 +24,8 @@ from graftlm.attention_picture import (
     fonts_for,
     shortened,
 )
+from graftlm.cli.attention import show_changes
+from graftlm.cli.show import output
 
 CHROMIUM = shutil.which("chromium")
 TOKENS = ["سل", "ام", " e", "\u0301", "</script>", "$a$", "狐", "\n", "", "a long text of 25 chars"]
@@ -295,6 +297,22 @@ def test_nothing_to_read_and_nothing_changed_make_a_page_and_pictures(tmp_path) 
     assert Page(attention_page(shown)).data["attention"][0]["shape"] == [3, 10, 0]
     draw_attention(shown, tmp_path / "a.png")
     draw_update_share(shown, tmp_path / "u.png")
+
+
+def test_the_terminal_says_where_composition_changes_something_or_nowhere(capsys) -> None:
+    """A fresh composition had eight rows of 0.0000."""
+    shown = replace(explanation(), divergence=np.zeros(10, np.float32))
+    shown.divergence[0] = 1e-9  # what two kernels may differ by
+    show_changes(output(), shown)
+    assert capsys.readouterr().out.splitlines() == [
+        "Where composition changes what comes next",
+        *("Nowhere: the composed model is the anchor here.", ""),
+    ]
+    shown.divergence[2:4] = 0.25, 0.00001
+    show_changes(output(), shown)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[:3] for row in rows[:2]] == [["3", "␣e", "0.2500"], ["4", "◌\u0301", "<"]]
+    assert rows[2:] == [[]]
 
 
 # ---- pictures ----------------------------------------------------------------------------
