@@ -173,6 +173,30 @@ def test_more_weight_is_a_stronger_colour_in_light_and_dark(browser, tmp_path, s
 
 
 @pytest.mark.slow
+def test_only_what_is_wider_than_its_column_is_turned(browser, tmp_path):
+    """A "<" turned by a quarter is a "V"."""
+    tokens = ["<", "-", "->", "(", "a word", "[EOS]", "7"]
+    shown = replace(explanation(), augmenting_tokens={"other": tokens}, branches={"other": [0] * 7})
+    page, troubles = opened(browser, tmp_path, shown)
+    turned = page.evaluate(
+        """() => {
+          const pen = canvas.getContext("2d"), {rotate, fillText} = pen, found = [];
+          let isTurned = false;
+          pen.rotate = (angle) => { isTurned = true; rotate.call(pen, angle); };
+          pen.fillText = (text, ...place) => {
+            if (isTurned) found.push(text);
+            isTurned = false;
+            fillText.call(pen, text, ...place);
+          };
+          draw();
+          return found;
+        }"""
+    )
+    assert turned == ["a␣word", "[EOS]"]
+    assert troubles == []
+
+
+@pytest.mark.slow
 def test_connections_are_told_apart_where_a_narrow_window_cuts_them(browser, tmp_path):
     shown = explanation()
     long = "a_model_of_a_long_name"
