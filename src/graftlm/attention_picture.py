@@ -121,11 +121,11 @@ def draw_map(
     bar = figure.colorbar(image, ax=axes, shrink=0.6, aspect=25, pad=0.02)
     bar.ax.tick_params(labelsize=8)
     bar.outline.set_visible(False)
-    heading = axes.set_title(title, fontsize=10, loc="left")
+    heading = axes.set_title(title, fontsize=10, loc="left", pad=10)
     beside, top = extent(left)[0], extent(above)[1] + extent([heading])[1]
     # The margins hold the axes' titles, and at the right the scale.
     width = beside + 0.4 + max(side(columns) + 0.8, extent([heading])[0])
-    return width, side(rows) + top + 0.6
+    return width, side(rows) + top + 0.65
 
 
 def draw_update_share(explanation: Explanation, path: str | os.PathLike[str]) -> None:
