@@ -441,6 +441,19 @@ def words(axis: Any) -> list[str]:
     return [label.get_text() for label in axis.get_ticklabels()]
 
 
+def assert_all_is_inside(figures: list[Any]) -> None:
+    """Each panel has room to be seen, and nothing written around it is cut."""
+    for figure in figures:
+        page = figure.bbox
+        for axes in (axes for axes in figure.axes if axes.get_visible()):
+            assert axes.bbox.height > 40
+            box = axes.get_tightbbox(for_layout_only=False)
+            assert box.x0 >= page.x0 - 1
+            assert box.y0 >= page.y0 - 1
+            assert box.x1 <= page.x1 + 1
+            assert box.y1 <= page.y1 + 1
+
+
 @pytest.mark.usefixtures("only_dejavu")
 def test_long_tokens_leave_the_pictures_whole(figures: list[Any]) -> None:
     """Labels took all the room: matplotlib warned, and cut titles and all but a label's end."""
@@ -453,15 +466,25 @@ def test_long_tokens_leave_the_pictures_whole(figures: list[Any]) -> None:
         *("1: U+0E2A U+0E27…", "2: U+0E2A U+0E27…", "3: U+0928 U+092E…", "4: U+72D0 U+72F8…"),
     ]
     assert figures[0].axes[0].get_ylabel() == "anchor tokens, numbered"
-    for figure in figures:
-        page = figure.bbox
-        for axes in (axes for axes in figure.axes if axes.get_visible()):
-            assert axes.bbox.height > 40
-            box = axes.get_tightbbox(for_layout_only=False)
-            assert box.x0 >= page.x0 - 1
-            assert box.y0 >= page.y0 - 1
-            assert box.x1 <= page.x1 + 1
-            assert box.y1 <= page.y1 + 1
+    assert_all_is_inside(figures)
+
+
+def test_titles_wider_than_a_small_heatmap_leave_it_whole(figures: list[Any]) -> None:
+    name = "a_model_of_a_name_that_is_wider_than_a_heatmap_of_few_tokens"
+    shown = replace(
+        explanation(2, 1),
+        tokens=["twenty characters, a", "twenty characters, b"],  # cut alike, so numbered
+        num_prompt=2,
+        connections=[
+            Connection(augmenting=name, augmenting_layer=k, anchor_layer=20) for k in (10, 12)
+        ],
+        scales={name: 0.0},
+        augmenting_tokens={name: ["a"]},
+        branches={name: [0]},
+    )
+    draw_attention(shown, "a.png", connection=0)
+    draw_update_share(shown, "u.png")
+    assert_all_is_inside(figures)
 
 
 def test_a_long_texts_labels_have_numbers(figures: list[Any]) -> None:
