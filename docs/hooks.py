@@ -1,11 +1,13 @@
 """What mkdocs is told in code: files that lie above `docs/` are pages, or files, of the site too.
 
 A link such as `../CHANGELOG.md` leads to the file in the repository, and to its copy in the site.
-Notebooks become pages with what they printed and drew.
+Notebooks become pages with what they printed and drew. Sentences in code within tables are marked,
+so that site.css can wrap them between words, and names not at all.
 """
 
 import base64
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
+IN_TABLE, CODE = re.compile(r"<table>.*?</table>", re.DOTALL), re.compile(r"<code>([^<]*)</code>")
+LONGEST_NAME = 32  # characters; longer code with spaces in it is a sentence
 COPIES = (
     "CHANGELOG.md",
     "CONTRIBUTING.md",
@@ -38,6 +42,18 @@ def on_page_markdown(markdown: str, page: Page, **event: Any) -> str:
     if page.file.src_uri.startswith("notebooks/"):
         return markdown.replace("](../docs/", "](../")
     return markdown.replace("](../", "](").replace(".ipynb)", ".md)")
+
+
+def on_page_content(html: str, **event: Any) -> str:
+    """Mark the sentences in code within tables."""
+    return IN_TABLE.sub(lambda table: CODE.sub(marked, table.group()), html)
+
+
+def marked(code: re.Match[str]) -> str:
+    """A piece of code, as a sentence if it is long."""
+    text = code.group(1)
+    is_sentence = len(text) > LONGEST_NAME and " " in text.strip()
+    return f'<code class="sentence">{text}</code>' if is_sentence else code.group()
 
 
 def notebook_files(path: Path) -> Iterator[tuple[str, str | bytes]]:

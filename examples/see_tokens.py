@@ -18,7 +18,8 @@ from graftlm.reading import RowPass, TextReader, read_row
 INK, PAPER, SETTLED, BRANCH = "#1b1f24", "#ffffff", "#3b6fb6", "#d9822b"
 TITLES = {
     "committed": "committed: tokens that no continuation can change",
-    "prefix": "prefix: also how the text so far would end (orange), run anew for each anchor token",
+    "prefix": "prefix: also how the text so far would end (orange),\n"
+    "run anew for each anchor token",
 }
 
 
@@ -70,7 +71,7 @@ def cell(axes: Axes, column: int, line: int, text: str, color: str | None) -> No
     axes.add_patch(
         plt.Rectangle((column - 0.47, line - 0.42), 0.94, 0.84, facecolor=face, edgecolor=PAPER)
     )
-    axes.text(column, line, text, ha="center", va="center", fontsize=7.5, color=ink)
+    axes.text(column, line, text, ha="center", va="center", fontsize=9, color=ink)
 
 
 def main() -> int:
@@ -82,10 +83,10 @@ def main() -> int:
     args = parser.parse_args()
     anchor = AutoTokenizer.from_pretrained(resolve(args.anchor))
     other = AutoTokenizer.from_pretrained(resolve(args.augmenting))
-    num_tokens = len(anchor(args.text)["input_ids"])
-    figure, panels = plt.subplots(
-        len(TITLES), 1, figsize=(9, 0.5 + 0.62 * num_tokens), layout="constrained"
-    )
+    num_rows, num_columns = (len(t(args.text)["input_ids"]) for t in (anchor, other))
+    # Columns that hold a short word: in wider ones, a page would show the words smaller.
+    size = max(5.0, 1.0 + 0.7 * num_columns), 0.5 + 0.56 * num_rows
+    figure, panels = plt.subplots(len(TITLES), 1, figsize=size, layout="constrained")
     for axes, rule in zip(panels, TITLES, strict=True):
         draw(axes, rule, anchor, other, args.text)
     figure.savefig(args.output, dpi=150, facecolor=PAPER)

@@ -1,6 +1,7 @@
 """What a run shows of itself: speed and memory, curves, TensorBoard's logs, probes."""
 
 import json
+import math
 import random
 import re
 import shutil
@@ -142,6 +143,30 @@ def test_curves_show_what_was_logged() -> None:
         ("learning rate", "child"): [[1, 0.1], [3, 0.3]],
         ("tokens/s", "child"): [[1, 70.0], [3, 90.0]],
     }
+
+
+@pytest.mark.parametrize(
+    ("losses", "evaluated", "scale"),
+    [
+        ([5.0, 0.4], 0.6, "log"),
+        ([5.0, 0.6], 0.4, "log"),
+        ([5.0, 0.6], 0.6, "linear"),  # less than a decade
+        ([5.0, 0.0], 0.6, "linear"),  # which a logarithm has no place for
+        ([5.0, math.nan], 0.4, "linear"),
+        ([5.0, math.inf], 0.4, "linear"),
+    ],
+)
+def test_the_losses_axis_is_logarithmic_where_they_span_a_decade(
+    losses: list[float], evaluated: float, scale: str
+) -> None:
+    log = [{"step": k, "loss": loss} for k, loss in enumerate(losses)]
+    figure = figure_of([*log, {"step": 2, "eval_loss": evaluated}])
+    axes = figure.axes[0]
+    assert axes.get_yscale() == scale
+    assert axes.get_title(loc="right") == {"log": "loss, logarithmic", "linear": "loss"}[scale]
+    figure.draw_without_rendering()
+    if scale == "log":
+        assert {"0.5", "1", "2", "5"} <= {text.get_text() for text in axes.get_yticklabels()}
 
 
 def test_curves_of_a_stopped_run_go_on(

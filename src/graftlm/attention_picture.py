@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib import font_manager, ft2font
 from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from graftlm.config import Connection
 from graftlm.explain import Explanation
@@ -19,7 +20,8 @@ from graftlm.labels import JOINER, labels_of
 READ, CHANGE, WRITTEN, NOTHING = "#1f6f8b", "#c95c0a", "#6c4ab6", "#f6f8fa"
 COLORS = LinearSegmentedColormap.from_list("read", [NOTHING, READ])
 CELL, LONGEST, LABEL = 0.24, 14.0, 0.17  # inches: a cell, a side of a heatmap, a line of text
-LONGEST_LABEL = 16  # characters
+LONGEST_LABEL, LABEL_SIZE = 16, 10  # characters, points
+INCH = 100  # dots, while texts are measured
 FONT = "DejaVu Sans"  # comes with matplotlib
 
 
@@ -49,20 +51,26 @@ def draw_attention(
     ]
     columns = 1 if len(maps) == 1 else 2
     lines = math.ceil(len(maps) / columns)
-    sides = [max(side(n) for n in sizes) for sizes in zip(*(x.shape for x in maps), strict=True)]
-    figure = Figure(
-        figsize=((sides[1] + 2.2) * columns, (sides[0] + 2.0) * lines), layout="constrained"
-    )
+    figure = Figure(layout="constrained")
     grid: Any = figure.subplots(lines, columns, squeeze=False)
     for axes in grid.flat[len(maps) :]:
         axes.set_visible(False)
-    for axes, k, weights in zip(grid.flat, chosen, maps, strict=False):
-        draw_map(figure, axes, explanation, k, weights)
-        heads = explanation.attention[k].shape[0]
-        of = f"mean over {heads} heads" if head is None else f"head {head} of 0 to {heads - 1}"
-        off = "" if explanation.scales[explanation.connections[k].augmenting] else ", switched off"
-        axes.set_title(f"{name_of(explanation.connections[k])}\n{of}{off}", fontsize=9, loc="left")
+    rooms = [
+        draw_map(figure, axes, explanation, k, weights, title_of(explanation, k, head))
+        for axes, k, weights in zip(grid.flat, chosen, maps, strict=False)
+    ]
+    width, height = (max(lengths) for lengths in zip(*rooms, strict=True))
+    figure.set_size_inches(width * columns, height * lines)
     save(figure, path)
+
+
+def title_of(explanation: Explanation, connection: int, head: int | None) -> str:
+    """What a heatmap shows, in two lines."""
+    found = explanation.connections[connection]
+    heads = explanation.attention[connection].shape[0]
+    of = f"mean over {heads} heads" if head is None else f"head {head} (of 0 to {heads - 1})"
+    off = "" if explanation.scales[found.augmenting] else ", switched off"
+    return f"{name_of(found)}\n{of}{off}"
 
 
 def check_choice(explanation: Explanation, connection: int | None, head: int | None) -> None:
@@ -80,9 +88,18 @@ def check_choice(explanation: Explanation, connection: int | None, head: int | N
 
 
 def draw_map(
-    figure: Figure, axes: Any, explanation: Explanation, connection: int, weights: np.ndarray
-) -> None:
-    """One heatmap with the tokens' texts and a scale."""
+    figure: Figure,
+    axes: Any,
+    explanation: Explanation,
+    connection: int,
+    weights: np.ndarray,
+    title: str,
+) -> tuple[float, float]:
+    """One heatmap with the tokens' texts and a scale.
+
+    Returns:
+        Width and height in inches that it wants, with all that is written around it.
+    """
     name = explanation.connections[connection].augmenting
     rows, columns = weights.shape
     norm = PowerNorm(0.5, vmin=0, vmax=float(weights.max(initial=0)) or 1.0)
@@ -93,19 +110,22 @@ def draw_map(
         aspect="auto",
         interpolation="nearest",
     )
-    label_tokens(axes.yaxis, explanation.tokens, explanation.num_prompt)
-    label_tokens(axes.xaxis, explanation.augmenting_tokens[name], None)
     axes.xaxis.tick_top()
-    axes.tick_params(axis="x", rotation=90)
-    axes.set_ylabel("anchor tokens", fontsize=8)
-    axes.set_xlabel(f"tokens of {name}", fontsize=8)
+    left = label_tokens(axes.yaxis, explanation.tokens, explanation.num_prompt, "anchor tokens")
+    above = label_tokens(axes.xaxis, explanation.augmenting_tokens[name], None, f"tokens of {name}")
+    turn(above, columns)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     if explanation.num_prompt < rows:
         axes.axhline(explanation.num_prompt - 0.5, color=WRITTEN, lw=1)
     bar = figure.colorbar(image, ax=axes, shrink=0.6, aspect=25, pad=0.02)
-    bar.ax.tick_params(labelsize=7)
+    bar.ax.tick_params(labelsize=8)
     bar.outline.set_visible(False)
+    heading = axes.set_title(title, fontsize=10, loc="left", pad=10)
+    beside, top = extent(left)[0], extent(above)[1] + extent([heading])[1]
+    # The margins hold the axes' titles, and at the right the scale.
+    width = beside + 0.4 + max(side(columns) + 0.8, extent([heading])[0])
+    return width, side(rows) + top + 0.65
 
 
 def draw_update_share(explanation: Explanation, path: str | os.PathLike[str]) -> None:
@@ -121,18 +141,21 @@ def draw_update_share(explanation: Explanation, path: str | os.PathLike[str]) ->
         for share, connection in zip(explanation.update_share, explanation.connections, strict=True)
     ]
     length = len(explanation.tokens)
-    width = max(4.0, side(length)) + 1.5
-    figure = Figure(figsize=(width, 1.0 * len(rows) + 1.2), layout="constrained")
+    figure = Figure(layout="constrained")
     grid: Any = figure.subplots(len(rows), 1, sharex=True, squeeze=False)
+    headings = []
     for axes, (numbers, color, title) in zip(grid.flat, rows, strict=True):
         axes.bar(range(length), numbers, color=color, width=0.85)
-        axes.set_title(title, fontsize=8, loc="left", pad=2)
-        axes.tick_params(labelsize=7)
+        headings.append(axes.set_title(title, fontsize=9, loc="left", pad=2))
+        axes.tick_params(labelsize=8)
+        axes.tick_params(axis="x", length=0)
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.01)
-    axes = grid.flat[-1]
-    label_tokens(axes.xaxis, explanation.tokens, explanation.num_prompt)
-    axes.tick_params(axis="x", rotation=90, length=0)
+    axis = grid.flat[-1].xaxis
+    labels = label_tokens(axis, explanation.tokens, explanation.num_prompt, "anchor tokens")
+    turn(labels, length)
+    width = max(4.0, side(length), extent(headings)[0])
+    figure.set_size_inches(width + 0.9, len(rows) + 0.4 + extent(labels)[1])
     save(figure, path)
 
 
@@ -160,39 +183,71 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> None:
 # ---- token texts -------------------------------------------------------------------------
 
 
-def label_tokens(axis: Any, texts: Sequence[str], num_prompt: int | None) -> None:
-    """Write tokens along an axis, as many as there is room for.
+def label_tokens(axis: Any, texts: Sequence[str], num_prompt: int | None, title: str) -> list[Text]:
+    """Write tokens along an axis, as many as there is room for, and the title of the axis.
+
+    Tokens are numbered, from 1, where some have no label or two that differ are cut to the same.
 
     Args:
         axis: Of matplotlib.
         texts: The tokens.
         num_prompt: Those from this one on are marked as written by the model; None marks none.
+        title: What the tokens are; how they are labelled is added.
     """
     step = max(1, math.ceil(len(texts) * LABEL / LONGEST))
     places = list(range(0, len(texts), step))
-    labels = labels_of(texts)
-    shown = [shortened(labels[k]) for k in places]
-    fonts = fonts_for(shown)
+    whole = labels_of(texts)[::step]
+    fonts = fonts_for(label[:LONGEST_LABEL] for label in whole)
+    shown = [shortened(label, fonts) for label in whole]
+    if step > 1 or len(set(shown)) < len(set(whole)):
+        shown = [f"{place + 1}: {label}" for place, label in zip(places, shown, strict=True)]
+        title += ", numbered" if step == 1 else f", one in {step} labelled, with its number"
+    axis.set_label_text(title, fontsize=9)
     axis.set_ticks(places)
     made = axis.set_ticklabels(
-        [drawable(label, fonts) for label in shown],
-        fontsize=8,
+        shown,
+        fontsize=LABEL_SIZE,
         fontfamily=list(fonts),
         parse_math=False,  # a text may hold dollars
     )
     for place, label in zip(places, made, strict=True):
         if num_prompt is not None and place >= num_prompt:
             label.set_color(WRITTEN)
+    return made
 
 
-def shortened(label: str) -> str:
-    """A long label cut, but never between a letter and its marks."""
-    if len(label) <= LONGEST_LABEL:
-        return label
-    end = LONGEST_LABEL - 1
-    while end and unicodedata.category(label[end])[0] == "M":
-        end -= 1
-    return label[:end] + "…"
+def turn(labels: Sequence[Text], num_tokens: int) -> None:
+    """Turn the labels below or above columns that are wider than their place."""
+    if labels:
+        room = side(num_tokens) / len(labels)
+        for label in labels:
+            if extent([label])[0] > 0.95 * room:
+                label.set_rotation(90)
+
+
+def extent(texts: Sequence[Text]) -> tuple[float, float]:
+    """Width of the widest and height of the highest, in inches."""
+    boxes = [text.get_window_extent(dpi=INCH) for text in texts]
+    sizes = [(box.width / INCH, box.height / INCH) for box in boxes]
+    return max((w for w, _ in sizes), default=0.0), max((h for _, h in sizes), default=0.0)
+
+
+def shortened(label: str, fonts: dict[str, frozenset[int]]) -> str:
+    """A label as it is drawn, cut where that is long, but never between a letter and its marks."""
+    drawn = drawable(label, fonts)
+    if len(drawn) <= LONGEST_LABEL:
+        return drawn
+    ends = [
+        n
+        for n in range(1, min(len(label), LONGEST_LABEL))
+        if not is_drawn_mark(label[n], fonts) and len(drawable(label[:n], fonts)) < LONGEST_LABEL
+    ]
+    return drawable(label[: max(ends, default=1)], fonts) + "…"
+
+
+def is_drawn_mark(character: str, fonts: dict[str, frozenset[int]]) -> bool:
+    """Whether this is drawn onto the letter before it; a mark without a glyph is a number."""
+    return unicodedata.category(character)[0] == "M" and drawable(character, fonts) == character
 
 
 def fonts_for(labels: Iterable[str]) -> dict[str, frozenset[int]]:

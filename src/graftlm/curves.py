@@ -1,5 +1,6 @@
 """curves.png: what a training run has logged so far, drawn."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,23 @@ def plot(axes: Any, steps: list[int], values: list[float], **line: Any) -> None:
     axes.plot(steps, values, linewidth=1.5, **{"marker": "o" if len(steps) == 1 else ""} | line)
 
 
+def spans_a_decade(values: Sequence[float]) -> bool:
+    """Whether all are positive numbers and the greatest is more than ten times the least."""
+    if not values or not all(0 < value < math.inf for value in values):
+        return False
+    return max(values) > 10 * min(values)
+
+
+def make_logarithmic(axes: Any) -> None:
+    """A logarithmic axis upwards, with numbers as people write them at 1, 2 and 5."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
 def draw_curves(log: Log, path: Path) -> None:
     """Write the PNG; it is replaced whole.
 
@@ -73,7 +91,11 @@ def draw_curves(log: Log, path: Path) -> None:
 
 
 def figure_of(log: Log) -> Any:
-    """Losses above; learning rate and speed below."""
+    """Losses above; learning rate and speed below.
+
+    The losses' axis is logarithmic if all are positive and span more than a decade: on a linear
+    one, what comes after the first steps would be one flat line.
+    """
     from matplotlib.figure import Figure  # slow to import; without pyplot it needs no display
 
     figure = Figure(figsize=(8, 5.4))
@@ -95,12 +117,16 @@ def figure_of(log: Log) -> Any:
             color=EVALUATION_COLOR,
         )
     axes["loss"].legend(frameon=False)
+    is_logarithmic = spans_a_decade(points(log, "loss")[1] + losses)
+    if is_logarithmic:
+        make_logarithmic(axes["loss"])
     for name in ("learning_rate", "tokens_per_second"):
         plot(axes[name], *points(log, name), color=OTHER_COLOR)
         axes[name].set_ylim(bottom=0)
     axes["learning_rate"].ticklabel_format(axis="y", scilimits=(-2, 3))
     axes["tokens_per_second"].yaxis.set_major_formatter("{x:,.0f}")
-    titles = {"loss": "loss", "learning_rate": "learning rate", "tokens_per_second": "tokens/s"}
+    titles = {"loss": "loss, logarithmic" if is_logarithmic else "loss"}
+    titles |= {"learning_rate": "learning rate", "tokens_per_second": "tokens/s"}
     for name, title in titles.items():
         axes[name].set_title(title, loc="right", fontsize=10)
         axes[name].set_xlabel("step")

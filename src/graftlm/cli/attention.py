@@ -75,12 +75,16 @@ def show_changes(console: Any, explanation: Any) -> None:
     labels = labels_of(explanation.tokens)
     numbers = ("token", "KL, nats")
     shown = table("token", "behind", "KL, nats", "composed", "anchor", numbers=numbers)
-    order = explanation.divergence.argsort()[::-1][:NUM_ROWS]
-    for k in order.tolist():
+    # What the numbers of page and file round to 0 is no change.
+    order = [k for k in explanation.divergence.argsort()[::-1] if explanation.divergence[k] > 5e-7]
+    for k in order[:NUM_ROWS]:
         best = [top(explanation.next_tokens[part][k][0]) for part in ("composed", "anchor")]
         behind = labels[k] + (" (written)" if k >= explanation.num_prompt else "")
-        shown.add_row(str(k + 1), plain(behind), f"{explanation.divergence[k]:.4f}", *best)
-    show(console, "Where composition changes what comes next", shown)
+        nats = explanation.divergence[k]
+        size = f"{nats:.4f}" if nats >= 0.00005 else "< 0.0001"
+        shown.add_row(str(k + 1), plain(behind), size, *best)
+    nowhere = "Nowhere: the composed model is the anchor here."
+    show(console, "Where composition changes what comes next", shown if order else nowhere)
 
 
 def show_bridges(console: Any, explanation: Any) -> None:

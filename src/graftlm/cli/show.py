@@ -26,10 +26,10 @@ def table(*columns: str, numbers: tuple[str, ...] = ()) -> Table:
     return made
 
 
-def show(console: Console, title: str, shown: Table) -> None:
-    """Print a table under its title."""
+def show(console: Console, title: str, shown: Table | str) -> None:
+    """Print a table, or a sentence in place of one, under its title."""
     console.print(f"[bold]{title}[/bold]")
-    console.print(shown, "")
+    console.print(shown, "", sep="\n")
 
 
 def show_composition(console: Console, model: ComposedForCausalLM) -> None:
