@@ -124,7 +124,7 @@ def explain(
     # Nor this: after training in mixed precision, its forward alone would be autocast.
     anchor = model.anchor(input_ids=ids, use_cache=False).logits[0]
     tokens = ids[0].tolist()
-    texts, spellings = spell(Spelling(tokenizer_of(model, "anchor")), tokens)
+    texts, spellings = spell(Spelling.start(tokenizer_of(model, "anchor")), tokens)
     read = {name: what_is_read(model, name, inputs) for name in model.augmenting}
     next_tokens = {
         "composed": [likeliest(x, s, top) for x, s in zip(composed, spellings[1:], strict=True)],
@@ -266,7 +266,7 @@ def what_is_read(model: "ComposedForCausalLM", name: str, inputs: PassInputs) ->
         [columns[key][k] for k in kept] for key in ("input_ids", "branches", "bases")
     )
     settled = branches.count(0)
-    texts, spellings = spell(Spelling(tokenizer_of(model, name)), ids[:settled])
+    texts, spellings = spell(Spelling.start(tokenizer_of(model, name)), ids[:settled])
     spelling = spellings[-1]
     for k in range(settled, len(ids)):
         is_first = branches[k] != branches[k - 1]
