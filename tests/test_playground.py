@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import itertools
 import logging
 import math
 import os
@@ -21,7 +22,7 @@ import torch
 from torch import nn
 
 from families import tiny, tiny_llama
-from graftlm import compose
+from graftlm import compose, explain
 from graftlm.cli.playground import free_port
 from graftlm.playground import runs
 from graftlm.playground.runs import Column, Limits, Playground, Request, Run
@@ -435,6 +436,44 @@ def test_the_last_run_of_a_visitor_is_explained(playground: Playground, model: A
         ids = [*run.columns["composed"].prompt_ids, *run.columns["composed"].ids]
         expected = model.explain(input_ids=ids, num_prompt=4)
     assert found.to_json() == expected.to_json()
+
+
+def test_others_write_on_while_attention_is_computed(
+    playground: Playground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All waited from its first pass until its last number was computed."""
+    written(playground.start("one", Request(prompt="1+2=", max_new_tokens=6)))
+    expected = playground.explain("one").to_json()
+    alone = playground.start("two", Request(prompt="abc", max_new_tokens=30))
+    written(alone)
+    order, take, compute, seen = [], Turns.__enter__, explain.likeliest, []
+
+    def watched(turns: Turns) -> Turns:
+        taken = take(turns)
+        order.append(threading.current_thread().name)
+        return taken
+
+    def slowly(*args: Any) -> Any:
+        if not seen:
+            seen.extend(len(column.ids) + 3 for column in other.columns.values())
+            columns = other.columns.values()
+            wait_until(lambda: all(len(c.ids) >= n for c, n in zip(columns, seen, strict=True)))
+        return compute(*args)
+
+    monkeypatch.setattr(Turns, "__enter__", watched)
+    monkeypatch.setattr(explain, "likeliest", slowly)
+    other = playground.start("two", Request(prompt="abc", max_new_tokens=3000))
+    began(other)
+    assert playground.explain("one").to_json() == expected
+    assert not other.is_over
+    wait_until(lambda: all(len(column.ids) > 30 for column in other.columns.values()))
+    other.stop()
+    written(other)
+    for name, column in other.columns.items():
+        assert column.ids[:30] == alone.columns[name].ids
+    ours = [place for place, name in enumerate(order) if name == threading.current_thread().name]
+    assert len(ours) == 4  # passes: composed, anchor, what is read, augmenting model
+    assert all(later - earlier > 1 for earlier, later in itertools.pairwise(ours))
 
 
 def test_attention_that_cannot_be_shown(

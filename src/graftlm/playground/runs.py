@@ -15,13 +15,14 @@ from transformers.generation.streamers import BaseStreamer
 
 from graftlm import decoder
 from graftlm.causal_lm import ComposedForCausalLM
-from graftlm.explain import Explanation
+from graftlm.explain import Explanation, explain
 from graftlm.greedy import GREEDY
 from graftlm.playground.sampling import Sampler
 from graftlm.playground.turns import Turns
 
 KNOWN_ERRORS = (ValueError, TypeError, OSError, torch.OutOfMemoryError)  # sentences for people
 PERIOD = 0.05  # seconds between two looks at what has been written
+TOP = 10  # of the likeliest next tokens, in the page of attention
 MAX_WEIGHTS = 2_000_000  # of attention: more make a page that browsers do not open
 
 logger = logging.getLogger(__name__)
@@ -393,5 +394,13 @@ class Playground:
                 f"the text has {len(ids)} tokens, whose attention is about {weights:,} numbers, "
                 f"but this page shows up to {MAX_WEIGHTS:,}; ask for fewer tokens"
             )
-        with self.turns, self.model.scaled(run.request.scales):
-            return self.model.explain(input_ids=ids, num_prompt=len(column.prompt_ids))
+        with self.model.scaled(run.request.scales):
+            return explain(
+                self.model,
+                text=None,
+                input_ids=ids,
+                max_new_tokens=0,
+                top=TOP,
+                num_prompt=len(column.prompt_ids),
+                turn=self.turns,
+            )
