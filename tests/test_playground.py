@@ -482,6 +482,8 @@ def test_attention_that_cannot_be_shown(
     with pytest.raises(ValueError, match="nothing has been written yet; press Generate first"):
         playground.explain("one")
     playground.start("one", Request(prompt="1+2=", max_new_tokens=6)).wait()
+    monkeypatch.setattr(runs, "MAX_WEIGHTS", 400)
+    assert sum(weights.size for weights in playground.explain("one").attention) == 400
     monkeypatch.setattr(runs, "MAX_WEIGHTS", 399)
     words = "the text has 10 tokens, whose attention is about 400 numbers, .* up to 399; ask for"
     with pytest.raises(ValueError, match=words):

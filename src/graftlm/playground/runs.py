@@ -23,7 +23,9 @@ from graftlm.playground.turns import Turns
 KNOWN_ERRORS = (ValueError, TypeError, OSError, torch.OutOfMemoryError)  # sentences for people
 PERIOD = 0.05  # seconds between two looks at what has been written
 TOP = 10  # of the likeliest next tokens, in the page of attention
-MAX_WEIGHTS = 2_000_000  # of attention: more make a page that browsers do not open
+# Of attention: a page of 20 million is 2 MB and opens within 2 seconds. More take memory and
+# everyone's turns: both grow with the square of the text.
+MAX_WEIGHTS = 20_000_000
 
 logger = logging.getLogger(__name__)
 
