@@ -347,6 +347,9 @@ def test_visitors_do_not_mix(playground: Playground, model: Any) -> None:
         ({"top_p": 0}, "top-p is 0, but must be from 0.01 to 1"),
         ({"top_k": -1}, "top-k is -1, but must be from 0 to 1000"),
         ({"seed": -1}, "seed is -1, but must be from 0 to 4294967296"),
+        ({"max_new_tokens": 1.5}, "new tokens is 1.5, but must be a whole number; write 1 or 2"),
+        ({"top_k": 2.5}, "top-k is 2.5, but must be a whole number; write 2 or 3"),
+        ({"seed": 0.5}, "seed is 0.5, but must be a whole number; write 0 or 1"),
         ({"scales": {"code": 11}}, "scale of code is 11, but must be from -10 to 10"),
     ],
 )

@@ -96,6 +96,21 @@ class Request:
         for name, (value, lowest, highest) in ranges.items():
             if not lowest <= value <= highest:  # nor is NaN
                 raise ValueError(f"{name} is {value}, but must be from {lowest} to {highest}")
+        self.check_whole()
+
+    def check_whole(self) -> None:
+        """Refuse parts of tokens; whole numbers may come as floats.
+
+        Raises:
+            ValueError: In one sentence for the visitor.
+        """
+        counts = {"new tokens": self.max_new_tokens, "top-k": self.top_k, "seed": self.seed}
+        for name, value in counts.items():
+            if value % 1:
+                below = math.floor(value)
+                raise ValueError(
+                    f"{name} is {value}, but must be a whole number; write {below} or {below + 1}"
+                )
 
     def sampler(self) -> LogitsProcessorList:
         """What picks other tokens than the likeliest, if anything does."""
