@@ -229,6 +229,43 @@ def test_speed_is_that_of_the_tokens_after_the_first() -> None:
     assert column.speed == 2.0
 
 
+@pytest.mark.parametrize(
+    ("num_tokens", "seconds", "has_ended", "words"),
+    [
+        (1, [0.004], False, "1 token · first after 4 ms"),
+        (3, [0.126, 0.25, 0.25], False, "3 tokens · first after 0.13 s · then 4 tokens/s"),
+        (2, [1, 0.5], True, "1 token and the end of text · first after 1.00 s · then 2 tokens/s"),
+        (1, [0.0996], True, "0 tokens and the end of text · first after 99.6 ms"),
+    ],
+)
+def test_the_note_below_a_text(
+    num_tokens: int, seconds: list[float], has_ended: bool, words: str
+) -> None:
+    pytest.importorskip("gradio")
+    from graftlm.playground.page import note
+
+    column = Column(character_tokenizer(), Turns(), threading.Event())
+    column.ids, column.seconds, column.has_ended = [9] * num_tokens, seconds, has_ended
+    assert words in note(column)
+
+
+def test_the_end_of_text_is_told_from_other_ends(
+    playground: Playground, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = Request(prompt="abc", max_new_tokens=9)
+    run = playground.start("one", request)
+    written(run)
+    assert not any(column.has_ended for column in run.columns.values())
+    first = {name: column.ids[0] for name, column in run.columns.items()}
+    config = copy.deepcopy(model.generation_config)
+    config.eos_token_id = first["composed"]
+    monkeypatch.setattr(model, "generation_config", config)
+    run = playground.start("one", request)
+    written(run)
+    assert run.columns["composed"].has_ended
+    assert run.columns["composed"].ids == [first["composed"]]
+
+
 # ---- how a run ends ----------------------------------------------------------------------
 
 
@@ -636,7 +673,7 @@ class TestInTheBrowser:
         assert any(max(lengths) - min(lengths) <= 8 for lengths in between)
         assert [place.bounding_box() for place in places] == boxes
         for note in visitor.page.locator(".note div[aria-live]").all():
-            assert re.fullmatch(r"64 tokens · first after [\d.]+ s · then .* tokens/s",
+            assert re.fullmatch(r"64 tokens · first after [\d.]+ m?s · then .* tokens/s",
                                 note.inner_text())  # fmt: skip
         assert {a.split("/")[2] for a in visitor.addresses if a.startswith("http")} == {
             served[1].removeprefix("http://")

@@ -296,10 +296,22 @@ def note(column: Column) -> str:
         return alarm(column.error)
     if not column.seconds:
         return said("nothing written" if column.is_over else "waits for its turn")
-    words = [f"{len(column.ids)} tokens", f"first after {column.seconds[0]:.2f} s"]
+    words = [count_of(column), f"first after {duration(column.seconds[0])}"]
     if column.seconds[1:]:
         words.append(f"then {column.speed:.3g} tokens/s")
     return said(" · ".join(words))
+
+
+def count_of(column: Column) -> str:
+    """How many tokens are written; the end of the text is no part of it."""
+    count = len(column.ids) - column.has_ended
+    words = "1 token" if count == 1 else f"{count} tokens"
+    return f"{words} and the end of text" if column.has_ended else words
+
+
+def duration(seconds: float) -> str:
+    """A time that is not rounded to nothing."""
+    return f"{seconds:.2f} s" if seconds >= 0.1 else f"{1000 * seconds:.3g} ms"
 
 
 def said(words: str) -> str:

@@ -145,6 +145,7 @@ class Column(BaseStreamer, StoppingCriteria):
         self.ids: list[int] = []
         self.seconds: list[float] = []  # to the first token, to the second, ...
         self.error = ""
+        self.has_ended = False  # by itself: the last token is no text, but the end of it
         self.is_over = False
         self.started = 0.0
 
@@ -353,6 +354,7 @@ class Playground:
             streamer=column,
             stopping_criteria=[column],
         )
+        column.has_ended = len(column.ids) < request.max_new_tokens and not column.stopping.is_set()
 
     def encode(self, tokenizer: Any, request: Request) -> Any:
         """The prompt as one tokenizer's tokens; without a chat template, as plain text."""
