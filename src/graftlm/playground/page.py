@@ -131,7 +131,7 @@ class Page:
                     value=scale,
                     step=0.05,
                     label=f"Scale of {name}",
-                    info="What the bridges read of it, times this: 1 as trained, 0 the anchor.",
+                    info="What the bridges read of it, times this: 1 as trained, 0 not at all.",
                     elem_id=f"scale-{name}",
                 )
             made += [switch, slider]
