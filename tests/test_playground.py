@@ -728,6 +728,14 @@ class TestInTheBrowser:
         frame.get_by_text("22 tokens of a prompt, and 5 the composed model wrote").wait_for()
         assert frame.get_by_text("code: layer 1").count()
 
+    def test_on_a_phone_the_texts_follow_the_prompt(self, visit: Any) -> None:
+        """They stood below all settings."""
+        visitor = visit(PHONE)
+        places = ("#actions", "#anchor", "#composed", "#settings", "#attention")
+        tops = [visitor.page.locator(place).bounding_box()["y"] for place in places]
+        assert tops == sorted(tops)
+        assert tops[1] - tops[0] < 150
+
     def test_stop_and_leaving_end_the_writing(self, visit: Any, served: Any) -> None:
         visitor, playground = visit(), served[0]
         visitor.generate("abc", 3000)

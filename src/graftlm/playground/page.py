@@ -63,10 +63,10 @@ class Page:
         ) as self.blocks:
             heading = f"<h1>{html.escape(title)}</h1><p>{self.about()}</p>"
             gr.HTML(heading, elem_id="about", padding=False)
-            with gr.Row():
+            with gr.Row(elem_id="top"):
                 with gr.Column(scale=3, min_width=300):
                     self.add_prompt()
-                with gr.Column(scale=2, min_width=300):
+                with gr.Column(scale=2, min_width=300, elem_id="settings"):
                     self.scales = self.add_scales()
                     self.sampling = self.add_sampling()
             with gr.Row(elem_id="columns"):
