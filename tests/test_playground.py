@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -727,6 +728,55 @@ class TestInTheBrowser:
         frame = visitor.page.frame_locator("iframe[title='Attention of the bridges']")
         frame.get_by_text("22 tokens of a prompt, and 5 the composed model wrote").wait_for()
         assert frame.get_by_text("code: layer 1").count()
+
+    def test_attention_never_stands_below_other_texts(self, visit: Any) -> None:
+        """It stayed when other texts were written, and as it was when it was asked for early."""
+        visitor = visit()
+        visitor.page.get_by_role("button", name="Attention of the bridges").click()
+        show = visitor.page.get_by_role("button", name="Show the attention of the last run")
+        frame = visitor.page.locator("iframe[title='Attention of the bridges']")
+        told = visitor.page.get_by_text("Press the button to see who reads what in the last run.")
+        unfinished = visitor.page.get_by_text("The text as far as it was written; press the button")
+        assert told.is_visible()
+        visitor.generate("1+2=", 5)
+        visitor.status("Done.")
+        show.click()
+        frame.wait_for()
+        assert not told.count()
+        assert not unfinished.count()
+        visitor.generate("abc", 3000)
+        told.wait_for()
+        assert not frame.count()
+        visitor.status("Writing")
+        show.click()
+        unfinished.wait_for()
+        assert frame.count()
+        visitor.page.get_by_role("button", name="Stop").click()
+        visitor.status("Stopped.")
+        visitor.generate(" ")
+        visitor.status("The prompt is empty")
+        assert frame.count()  # of the texts that the page still shows
+
+    def test_attention_that_comes_too_late(
+        self, served: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Another run may begin while it is computed."""
+        from graftlm.playground.page import Page
+
+        playground, page = served[0], Page(served[0], "composed")
+        visitor: Any = SimpleNamespace(session_hash="late")
+        written(playground.start("late", Request(prompt="a", max_new_tokens=2)))
+        compute = playground.explain
+
+        def slowly(name: str) -> Any:
+            found = compute(name)
+            written(playground.start(name, Request(prompt="b", max_new_tokens=2)))
+            return found
+
+        monkeypatch.setattr(playground, "explain", slowly)
+        assert "iframe" not in page.on_show(visitor)
+        monkeypatch.undo()
+        assert "iframe" in page.on_show(visitor)
 
     def test_on_a_phone_the_texts_follow_the_prompt(self, visit: Any) -> None:
         """They stood below all settings."""

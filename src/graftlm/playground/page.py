@@ -43,6 +43,8 @@ READABLE = """() => document.querySelectorAll(".text textarea").forEach(field =>
     field.ariaLabel = field.closest("label").querySelector("span").innerText.trim();
 })"""
 COMPLETION, CHAT = "Completion", "Chat"
+NOT_SHOWN = "Press the button to see who reads what in the last run."
+UNFINISHED = "The text as far as it was written; press the button again when all is."
 
 Updates = dict[Any, Any]  # component: its new value
 
@@ -73,7 +75,7 @@ class Page:
                 self.texts, self.notes = self.add_columns()
             with gr.Accordion("Attention of the bridges", open=False, elem_id="attention"):
                 self.show = gr.Button("Show the attention of the last run", size="md")
-                self.attention = gr.HTML(padding=False)
+                self.attention = gr.HTML(said(NOT_SHOWN), padding=False)
             self.connect()
 
     # ---- what it shows -------------------------------------------------------------------
@@ -182,7 +184,8 @@ class Page:
         """Tell Gradio what calls what."""
         hidden: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         outputs = [
-            self.status, self.generate, self.stop, *self.texts.values(), *self.notes.values()
+            self.status, self.generate, self.stop, self.attention,
+            *self.texts.values(), *self.notes.values(),
         ]  # fmt: skip
         gr.on(
             [self.generate.click, self.prompt.submit],
@@ -214,8 +217,10 @@ class Page:
         except KNOWN_ERRORS as error:
             yield {self.status: alarm(str(error))}
             return
+        changes: Updates = {self.attention: said(NOT_SHOWN)}  # that of the last run is no longer
         for _ in run.looks():
-            yield self.updates(run)
+            yield self.updates(run) | changes
+            changes = {}
 
     def request(
         self, prompt: str, mode: str, sampling: Sequence[Any], scales: Sequence[Any]
@@ -263,12 +268,16 @@ class Page:
 
     def on_show(self, request: gr.Request) -> str:
         """The attention of the visitor's last run."""
+        run = self.playground.runs.get(request.session_hash)
+        is_over = run is not None and run.is_over
         try:
             page = attention_page(self.playground.explain(request.session_hash))
         except KNOWN_ERRORS as error:
             return alarm(str(error))
+        if self.playground.runs.get(request.session_hash) is not run:
+            return said(NOT_SHOWN)  # another run has begun meanwhile, to which this does not belong
         # A frame of its own, which reaches nothing of ours.
-        return (
+        return said("" if is_over else UNFINISHED) + (
             '<iframe title="Attention of the bridges" sandbox="allow-scripts" '
             f'srcdoc="{html.escape(page)}"></iframe>'
         )
