@@ -233,10 +233,10 @@ def test_speed_is_that_of_the_tokens_after_the_first() -> None:
 @pytest.mark.parametrize(
     ("num_tokens", "seconds", "has_ended", "words"),
     [
-        (1, [0.004], False, "1 token · first after 4 ms"),
+        (1, [0.004], False, "1 token · first after 4.0 ms"),
         (3, [0.126, 0.25, 0.25], False, "3 tokens · first after 0.13 s · then 4 tokens/s"),
-        (2, [1, 0.5], True, "1 token and the end of text · first after 1.00 s · then 2 tokens/s"),
-        (1, [0.0996], True, "0 tokens and the end of text · first after 99.6 ms"),
+        (2, [1, 0.5], True, "1 token and end · first after 1.00 s · then 2 tokens/s"),
+        (1, [0.0996], True, "0 tokens and end · first after 100 ms"),
     ],
 )
 def test_the_note_below_a_text(

@@ -315,12 +315,14 @@ def count_of(column: Column) -> str:
     """How many tokens are written; the end of the text is no part of it."""
     count = len(column.ids) - column.has_ended
     words = "1 token" if count == 1 else f"{count} tokens"
-    return f"{words} and the end of text" if column.has_ended else words
+    return f"{words} and end" if column.has_ended else words
 
 
 def duration(seconds: float) -> str:
     """A time that is not rounded to nothing."""
-    return f"{seconds:.2f} s" if seconds >= 0.1 else f"{1000 * seconds:.3g} ms"
+    if seconds >= 0.1:
+        return f"{seconds:.2f} s"
+    return f"{1000 * seconds:.{0 if seconds >= 0.01 else 1}f} ms"
 
 
 def said(words: str) -> str:
