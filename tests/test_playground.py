@@ -737,7 +737,7 @@ class TestInTheBrowser:
         frame = visitor.page.locator("iframe[title='Attention of the bridges']")
         told = visitor.page.get_by_text("Press the button to see who reads what in the last run.")
         unfinished = visitor.page.get_by_text("The text as far as it was written; press the button")
-        assert told.is_visible()
+        told.wait_for()
         visitor.generate("1+2=", 5)
         visitor.status("Done.")
         show.click()
