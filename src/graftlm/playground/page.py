@@ -155,7 +155,7 @@ class Page:
                 ),
                 gr.Slider(0.05, 1, value=default.top_p, step=0.05, label="Top-p"),
                 gr.Slider(0, 200, value=default.top_k, step=1, label="Top-k", info="0 for all"),
-                gr.Number(value=default.seed, precision=0, label="Seed", elem_id="seed"),
+                gr.Number(value=default.seed, label="Seed", elem_id="seed"),
             ]  # fmt: skip
 
     def add_columns(self) -> tuple[dict[str, gr.Textbox], dict[str, gr.HTML]]:

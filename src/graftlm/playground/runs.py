@@ -99,7 +99,7 @@ class Request:
         self.check_whole()
 
     def check_whole(self) -> None:
-        """Refuse parts of tokens; whole numbers may come as floats.
+        """Refuse fractions where there are none.
 
         Raises:
             ValueError: In one sentence for the visitor.
