@@ -346,7 +346,7 @@ def test_the_table_of_added_tokens_is_read_once_for_each_spelling(monkeypatch):
     """It was read for each candidate of each next token, and is built anew each time."""
     model, tokenizer = opened(compose_pair()), word_tokenizer()
     kind, reads = type(tokenizer), []
-    table = kind.added_tokens_decoder.fget
+    table: Any = kind.added_tokens_decoder.fget
 
     def watched(self: Any) -> Any:
         reads.append(self)
