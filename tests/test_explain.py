@@ -328,7 +328,7 @@ def test_there_is_nothing_to_explain_within_anchor_only():
 @pytest.mark.parametrize("text", ["The fox\n狐狸 naïve", " two  spaces ", "คนไทย e\u0301"])
 def test_texts_of_tokens_join_to_the_text(tokenizer, text):
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    texts, spellings = spell(Spelling(tokenizer), ids)
+    texts, spellings = spell(Spelling.start(tokenizer), ids)
     assert len(texts) == len(ids) == len(spellings) - 1
     assert "".join(texts) == tokenizer.decode(ids)
 
@@ -336,10 +336,26 @@ def test_texts_of_tokens_join_to_the_text(tokenizer, text):
 def test_special_and_unused_tokens_have_names():
     tokenizer = byte_tokenizer()
     end: Any = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert spell(Spelling(tokenizer), [end, len(tokenizer) + 5])[0] == [
+    assert spell(Spelling.start(tokenizer), [end, len(tokenizer) + 5])[0] == [
         "<|im_end|>",
         f"#{len(tokenizer) + 5}",
     ]
+
+
+def test_the_table_of_added_tokens_is_read_once_for_each_spelling(monkeypatch):
+    """It was read for each candidate of each next token, and is built anew each time."""
+    model, tokenizer = opened(compose_pair()), word_tokenizer()
+    kind, reads = type(tokenizer), []
+    table: Any = kind.added_tokens_decoder.fget
+
+    def watched(self: Any) -> Any:
+        reads.append(self)
+        return table(self)
+
+    monkeypatch.setattr(kind, "added_tokens_decoder", property(watched))
+    found = model.explain(TEXT)
+    assert len(found.tokens) > 5
+    assert len(reads) == 2  # the anchor's and the augmenting model's
 
 
 @pytest.mark.parametrize(

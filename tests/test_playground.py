@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import itertools
 import logging
 import math
 import os
@@ -14,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +23,7 @@ import torch
 from torch import nn
 
 from families import tiny, tiny_llama
-from graftlm import compose
+from graftlm import compose, explain
 from graftlm.cli.playground import free_port
 from graftlm.playground import runs
 from graftlm.playground.runs import Column, Limits, Playground, Request, Run
@@ -228,6 +230,43 @@ def test_speed_is_that_of_the_tokens_after_the_first() -> None:
     assert column.speed == 2.0
 
 
+@pytest.mark.parametrize(
+    ("num_tokens", "seconds", "has_ended", "words"),
+    [
+        (1, [0.004], False, "1 token · first after 4.0 ms"),
+        (3, [0.126, 0.25, 0.25], False, "3 tokens · first after 0.13 s · then 4 tokens/s"),
+        (2, [1, 0.5], True, "1 token and end · first after 1.00 s · then 2 tokens/s"),
+        (1, [0.0996], True, "0 tokens and end · first after 100 ms"),
+    ],
+)
+def test_the_note_below_a_text(
+    num_tokens: int, seconds: list[float], has_ended: bool, words: str
+) -> None:
+    pytest.importorskip("gradio")
+    from graftlm.playground.page import note
+
+    column = Column(character_tokenizer(), Turns(), threading.Event())
+    column.ids, column.seconds, column.has_ended = [9] * num_tokens, seconds, has_ended
+    assert words in note(column)
+
+
+def test_the_end_of_text_is_told_from_other_ends(
+    playground: Playground, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = Request(prompt="abc", max_new_tokens=9)
+    run = playground.start("one", request)
+    written(run)
+    assert not any(column.has_ended for column in run.columns.values())
+    first = {name: column.ids[0] for name, column in run.columns.items()}
+    config = copy.deepcopy(model.generation_config)
+    config.eos_token_id = first["composed"]
+    monkeypatch.setattr(model, "generation_config", config)
+    run = playground.start("one", request)
+    written(run)
+    assert run.columns["composed"].has_ended
+    assert run.columns["composed"].ids == [first["composed"]]
+
+
 # ---- how a run ends ----------------------------------------------------------------------
 
 
@@ -346,6 +385,9 @@ def test_visitors_do_not_mix(playground: Playground, model: Any) -> None:
         ({"top_p": 0}, "top-p is 0, but must be from 0.01 to 1"),
         ({"top_k": -1}, "top-k is -1, but must be from 0 to 1000"),
         ({"seed": -1}, "seed is -1, but must be from 0 to 4294967296"),
+        ({"max_new_tokens": 1.5}, "new tokens is 1.5, but must be a whole number; write 1 or 2"),
+        ({"top_k": 2.5}, "top-k is 2.5, but must be a whole number; write 2 or 3"),
+        ({"seed": 0.5}, "seed is 0.5, but must be a whole number; write 0 or 1"),
         ({"scales": {"code": 11}}, "scale of code is 11, but must be from -10 to 10"),
     ],
 )
@@ -437,12 +479,52 @@ def test_the_last_run_of_a_visitor_is_explained(playground: Playground, model: A
     assert found.to_json() == expected.to_json()
 
 
+def test_others_write_on_while_attention_is_computed(
+    playground: Playground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All waited from its first pass until its last number was computed."""
+    written(playground.start("one", Request(prompt="1+2=", max_new_tokens=6)))
+    expected = playground.explain("one").to_json()
+    alone = playground.start("two", Request(prompt="abc", max_new_tokens=30))
+    written(alone)
+    order, take, compute, seen = [], Turns.__enter__, explain.likeliest, []
+
+    def watched(turns: Turns) -> Turns:
+        taken = take(turns)
+        order.append(threading.current_thread().name)
+        return taken
+
+    def slowly(*args: Any) -> Any:
+        if not seen:
+            seen.extend(len(column.ids) + 3 for column in other.columns.values())
+            columns = other.columns.values()
+            wait_until(lambda: all(len(c.ids) >= n for c, n in zip(columns, seen, strict=True)))
+        return compute(*args)
+
+    monkeypatch.setattr(Turns, "__enter__", watched)
+    monkeypatch.setattr(explain, "likeliest", slowly)
+    other = playground.start("two", Request(prompt="abc", max_new_tokens=3000))
+    began(other)
+    assert playground.explain("one").to_json() == expected
+    assert not other.is_over
+    wait_until(lambda: all(len(column.ids) > 30 for column in other.columns.values()))
+    other.stop()
+    written(other)
+    for name, column in other.columns.items():
+        assert column.ids[:30] == alone.columns[name].ids
+    ours = [place for place, name in enumerate(order) if name == threading.current_thread().name]
+    assert len(ours) == 4  # passes: composed, anchor, what is read, augmenting model
+    assert all(later - earlier > 1 for earlier, later in itertools.pairwise(ours))
+
+
 def test_attention_that_cannot_be_shown(
     playground: Playground, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ValueError, match="nothing has been written yet; press Generate first"):
         playground.explain("one")
     playground.start("one", Request(prompt="1+2=", max_new_tokens=6)).wait()
+    monkeypatch.setattr(runs, "MAX_WEIGHTS", 400)
+    assert sum(weights.size for weights in playground.explain("one").attention) == 400
     monkeypatch.setattr(runs, "MAX_WEIGHTS", 399)
     words = "the text has 10 tokens, whose attention is about 400 numbers, .* up to 399; ask for"
     with pytest.raises(ValueError, match=words):
@@ -592,7 +674,7 @@ class TestInTheBrowser:
         assert any(max(lengths) - min(lengths) <= 8 for lengths in between)
         assert [place.bounding_box() for place in places] == boxes
         for note in visitor.page.locator(".note div[aria-live]").all():
-            assert re.fullmatch(r"64 tokens · first after [\d.]+ s · then .* tokens/s",
+            assert re.fullmatch(r"64 tokens · first after [\d.]+ m?s · then .* tokens/s",
                                 note.inner_text())  # fmt: skip
         assert {a.split("/")[2] for a in visitor.addresses if a.startswith("http")} == {
             served[1].removeprefix("http://")
@@ -647,6 +729,63 @@ class TestInTheBrowser:
         frame.get_by_text("22 tokens of a prompt, and 5 the composed model wrote").wait_for()
         assert frame.get_by_text("code: layer 1").count()
 
+    def test_attention_never_stands_below_other_texts(self, visit: Any) -> None:
+        """It stayed when other texts were written, and as it was when it was asked for early."""
+        visitor = visit()
+        visitor.page.get_by_role("button", name="Attention of the bridges").click()
+        show = visitor.page.get_by_role("button", name="Show the attention of the last run")
+        frame = visitor.page.locator("iframe[title='Attention of the bridges']")
+        told = visitor.page.get_by_text("Press the button to see who reads what in the last run.")
+        unfinished = visitor.page.get_by_text("The text as far as it was written; press the button")
+        told.wait_for()
+        visitor.generate("1+2=", 5)
+        visitor.status("Done.")
+        show.click()
+        frame.wait_for()
+        assert not told.count()
+        assert not unfinished.count()
+        visitor.generate("abc", 3000)
+        told.wait_for()
+        assert not frame.count()
+        visitor.status("Writing")
+        show.click()
+        unfinished.wait_for()
+        assert frame.count()
+        visitor.page.get_by_role("button", name="Stop").click()
+        visitor.status("Stopped.")
+        visitor.generate(" ")
+        visitor.status("The prompt is empty")
+        assert frame.count()  # of the texts that the page still shows
+
+    def test_attention_that_comes_too_late(
+        self, served: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Another run may begin while it is computed."""
+        from graftlm.playground.page import Page
+
+        playground, page = served[0], Page(served[0], "composed")
+        visitor: Any = SimpleNamespace(session_hash="late")
+        written(playground.start("late", Request(prompt="a", max_new_tokens=2)))
+        compute = playground.explain
+
+        def slowly(name: str) -> Any:
+            found = compute(name)
+            written(playground.start(name, Request(prompt="b", max_new_tokens=2)))
+            return found
+
+        monkeypatch.setattr(playground, "explain", slowly)
+        assert "iframe" not in page.on_show(visitor)
+        monkeypatch.undo()
+        assert "iframe" in page.on_show(visitor)
+
+    def test_on_a_phone_the_texts_follow_the_prompt(self, visit: Any) -> None:
+        """They stood below all settings."""
+        visitor = visit(PHONE)
+        places = ("#actions", "#anchor", "#composed", "#settings", "#attention")
+        tops = [visitor.page.locator(place).bounding_box()["y"] for place in places]
+        assert tops == sorted(tops)
+        assert tops[1] - tops[0] < 150
+
     def test_stop_and_leaving_end_the_writing(self, visit: Any, served: Any) -> None:
         visitor, playground = visit(), served[0]
         visitor.generate("abc", 3000)
@@ -673,7 +812,14 @@ class TestInTheBrowser:
         visitor.page.get_by_label("Seed").fill("")
         visitor.generate("abc")
         visitor.status("A setting is empty; write a number into it.")
+        visitor.page.get_by_label("Seed").fill("2.5")
+        visitor.generate("abc")
+        visitor.status("Seed is 2.5, but must be a whole number; write 2 or 3.")
         visitor.page.get_by_label("Seed").fill("3")
+        visitor.set("Top-k", 2.5)
+        visitor.generate("abc")
+        visitor.status("Top-k is 2.5, but must be a whole number; write 2 or 3.")
+        visitor.set("Top-k", 2)
         visitor.generate("abc")
         visitor.status("Done.")
         assert visitor.texts() == expected(served[0], "abc", 1)

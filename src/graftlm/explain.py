@@ -6,6 +6,7 @@ Caching is exact, so what this pass shows is what every step of the continuation
 """
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -93,8 +94,16 @@ def explain(
     max_new_tokens: int,
     top: int,
     num_prompt: int | None = None,
+    turn: AbstractContextManager[Any] | None = None,
 ) -> Explanation:
-    """See `ComposedForCausalLM.explain`."""
+    """See `ComposedForCausalLM.explain`.
+
+    Args:
+        model, text, input_ids, max_new_tokens, top, num_prompt: As there.
+        turn: Entered anew for each pass of a model, so that others who run the models have
+            their turns between; what is only computed from logits needs none.
+    """
+    turn = nullcontext() if turn is None else turn
     check_numbers(max_new_tokens, top)
     if model.is_anchor_only:
         raise ValueError(
@@ -109,7 +118,8 @@ def explain(
             f"with nothing more to write (max_new_tokens is {max_new_tokens})"
         )
     if max_new_tokens:
-        ids = continue_greedily(model, ids, max_new_tokens)
+        with turn:
+            ids = continue_greedily(model, ids, max_new_tokens)
     observed = Observed()
     is_prompt = (torch.arange(ids.shape[1], device=ids.device) < num_prompt).long()[None]
     inputs = PassInputs(
@@ -118,21 +128,24 @@ def explain(
         observed=observed,
     )
     # Not the model itself, whose forward has no use for an observer.
-    composed = model.model.run(
-        model.anchor, inputs, past_key_values=None, use_cache=False, options={}
-    ).logits[0]
+    with turn:
+        composed = model.model.run(
+            model.anchor, inputs, past_key_values=None, use_cache=False, options={}
+        ).logits[0]
     # Nor this: after training in mixed precision, its forward alone would be autocast.
-    anchor = model.anchor(input_ids=ids, use_cache=False).logits[0]
+    with turn:
+        anchor = model.anchor(input_ids=ids, use_cache=False).logits[0]
     tokens = ids[0].tolist()
-    texts, spellings = spell(Spelling(tokenizer_of(model, "anchor")), tokens)
-    read = {name: what_is_read(model, name, inputs) for name in model.augmenting}
+    texts, spellings = spell(Spelling.start(tokenizer_of(model, "anchor")), tokens)
+    with turn:  # the readers remember what they have seen, and are shared
+        read = {name: what_is_read(model, name, inputs) for name in model.augmenting}
     next_tokens = {
         "composed": [likeliest(x, s, top) for x, s in zip(composed, spellings[1:], strict=True)],
         "anchor": [likeliest(x, s, top) for x, s in zip(anchor, spellings[1:], strict=True)],
     }
     for name, part in model.augmenting.items():
         if part.get_output_embeddings() is not None:
-            next_tokens[name] = predictions(part, read[name], top)
+            next_tokens[name] = predictions(part, read[name], top, turn)
     return Explanation(
         tokens=texts,
         num_prompt=num_prompt,
@@ -266,7 +279,7 @@ def what_is_read(model: "ComposedForCausalLM", name: str, inputs: PassInputs) ->
         [columns[key][k] for k in kept] for key in ("input_ids", "branches", "bases")
     )
     settled = branches.count(0)
-    texts, spellings = spell(Spelling(tokenizer_of(model, name)), ids[:settled])
+    texts, spellings = spell(Spelling.start(tokenizer_of(model, name)), ids[:settled])
     spelling = spellings[-1]
     for k in range(settled, len(ids)):
         is_first = branches[k] != branches[k - 1]
@@ -328,10 +341,12 @@ def divergence(ours: Float[Tensor, " vocab"], theirs: Float[Tensor, " vocab"]) -
     return max(float(terms.sum()), 0.0)
 
 
-def predictions(part: PreTrainedModel, read: Read, top: int) -> list[TopTokens]:
+def predictions(
+    part: PreTrainedModel, read: Read, top: int, turn: AbstractContextManager[Any]
+) -> list[TopTokens]:
     """What an augmenting model alone expects next, behind what each anchor token sees of it."""
     settled = read.ids[: read.branches.count(0)]
-    known = logits_of(part, settled) if settled else None
+    known = logits_of(part, settled, turn) if settled else None
     predicted: list[TopTokens] = []
     lines: dict[tuple[int, ...], TopTokens] = {}
     for column in range(len(read.visible)):
@@ -339,7 +354,7 @@ def predictions(part: PreTrainedModel, read: Read, top: int) -> list[TopTokens]:
         if line and line not in lines:
             ending = line[read.visible[column] :]
             if ending:  # not a beginning of the settled text, so it is run on its own
-                logits = logits_of(part, line)[-1]
+                logits = logits_of(part, line, turn)[-1]
             else:
                 assert known is not None
                 logits = known[len(line) - 1]
@@ -349,10 +364,13 @@ def predictions(part: PreTrainedModel, read: Read, top: int) -> list[TopTokens]:
     return predicted
 
 
-def logits_of(part: PreTrainedModel, tokens: Iterable[int]) -> Float[Tensor, "aug_seq vocab"]:
+def logits_of(
+    part: PreTrainedModel, tokens: Iterable[int], turn: AbstractContextManager[Any]
+) -> Float[Tensor, "aug_seq vocab"]:
     """The logits of a model that is run alone."""
     ids = torch.tensor([list(tokens)], device=decoder.device_of(part.get_input_embeddings()))
     arguments = decoder.call_arguments(
         part, attention_mask=None, query_length=ids.shape[1], cache=None
     )
-    return part(input_ids=ids, **arguments).logits[0]
+    with turn:
+        return part(input_ids=ids, **arguments).logits[0]

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedTokenizerBase
 
@@ -14,15 +14,23 @@ class Spelling:
     How a token is spelled depends on those before it (a space, half a character), so it is
     decoded together with them. Texts of consecutive tokens join to the whole text; a token that
     ends within a character adds nothing, and the one that completes it adds the character.
+    `start` makes the first one.
 
     Args:
         tokenizer: None spells a token as its number.
+        marks: Its tokens that are marks rather than text.
         shown, pending: Tokens whose text is known, and tokens that end in half a character.
     """
 
     tokenizer: PreTrainedTokenizerBase | None
+    marks: frozenset[int] = field(repr=False)
     shown: tuple[int, ...] = ()
     pending: tuple[int, ...] = ()
+
+    @classmethod
+    def start(cls, tokenizer: PreTrainedTokenizerBase | None) -> "Spelling":
+        """The spelling before the first token."""
+        return cls(tokenizer, frozenset() if tokenizer is None else marks_of(tokenizer))
 
     def add(self, token: int) -> tuple[str, "Spelling"]:
         """The text one more token adds, and the spelling after it."""
@@ -30,14 +38,14 @@ class Spelling:
             return f"#{token}", self
         name = self.tokenizer.convert_ids_to_tokens(token)
         if name is None:  # a row of the embedding that no token uses
-            return f"#{token}", Spelling(self.tokenizer)
-        if is_special(self.tokenizer, token, str(name)):
-            return str(name), Spelling(self.tokenizer)
+            return f"#{token}", replace(self, shown=(), pending=())
+        if token in self.marks:
+            return str(name), replace(self, shown=(), pending=())
         pending = (*self.pending, token)
         before, text = self.decode(self.shown), self.decode((*self.shown, *pending))
         if len(text) <= len(before) or text.endswith("\ufffd"):
-            return "", Spelling(self.tokenizer, self.shown, pending)
-        return text[len(before) :], Spelling(self.tokenizer, pending)
+            return "", replace(self, pending=pending)
+        return text[len(before) :], replace(self, shown=pending, pending=())
 
     def decode(self, tokens: tuple[int, ...]) -> str:
         """The text of some tokens, nothing in it tidied."""
@@ -50,10 +58,15 @@ class Spelling:
         return str(text)
 
 
-def is_special(tokenizer: PreTrainedTokenizerBase, token: int, name: str) -> bool:
-    """Whether a token is a mark rather than text; some tokenizers call their bytes special."""
-    added = tokenizer.added_tokens_decoder.get(token)
-    return added is not None and added.special and not re.fullmatch("<0x[0-9A-F]{2}>", name)
+def marks_of(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The tokens that are marks rather than text; some tokenizers call their bytes special.
+
+    Not to be asked for each token: tokenizers build the table of added tokens, which has
+    thousands of rows in Gemma's, anew whenever it is read.
+    """
+    added = tokenizer.added_tokens_decoder.items()
+    is_byte = re.compile("<0x[0-9A-F]{2}>").fullmatch
+    return frozenset(k for k, token in added if token.special and not is_byte(token.content))
 
 
 def spell(spelling: Spelling, tokens: Iterable[int]) -> tuple[list[str], list[Spelling]]:

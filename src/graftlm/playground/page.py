@@ -43,6 +43,8 @@ READABLE = """() => document.querySelectorAll(".text textarea").forEach(field =>
     field.ariaLabel = field.closest("label").querySelector("span").innerText.trim();
 })"""
 COMPLETION, CHAT = "Completion", "Chat"
+NOT_SHOWN = "Press the button to see who reads what in the last run."
+UNFINISHED = "The text as far as it was written; press the button again when all is."
 
 Updates = dict[Any, Any]  # component: its new value
 
@@ -63,17 +65,17 @@ class Page:
         ) as self.blocks:
             heading = f"<h1>{html.escape(title)}</h1><p>{self.about()}</p>"
             gr.HTML(heading, elem_id="about", padding=False)
-            with gr.Row():
+            with gr.Row(elem_id="top"):
                 with gr.Column(scale=3, min_width=300):
                     self.add_prompt()
-                with gr.Column(scale=2, min_width=300):
+                with gr.Column(scale=2, min_width=300, elem_id="settings"):
                     self.scales = self.add_scales()
                     self.sampling = self.add_sampling()
             with gr.Row(elem_id="columns"):
                 self.texts, self.notes = self.add_columns()
             with gr.Accordion("Attention of the bridges", open=False, elem_id="attention"):
                 self.show = gr.Button("Show the attention of the last run", size="md")
-                self.attention = gr.HTML(padding=False)
+                self.attention = gr.HTML(said(NOT_SHOWN), padding=False)
             self.connect()
 
     # ---- what it shows -------------------------------------------------------------------
@@ -131,7 +133,7 @@ class Page:
                     value=scale,
                     step=0.05,
                     label=f"Scale of {name}",
-                    info="What the bridges read of it, times this: 1 as trained, 0 the anchor.",
+                    info="What the bridges read of it, times this: 1 as trained, 0 not at all.",
                     elem_id=f"scale-{name}",
                 )
             made += [switch, slider]
@@ -153,7 +155,7 @@ class Page:
                 ),
                 gr.Slider(0.05, 1, value=default.top_p, step=0.05, label="Top-p"),
                 gr.Slider(0, 200, value=default.top_k, step=1, label="Top-k", info="0 for all"),
-                gr.Number(value=default.seed, precision=0, label="Seed", elem_id="seed"),
+                gr.Number(value=default.seed, label="Seed", elem_id="seed"),
             ]  # fmt: skip
 
     def add_columns(self) -> tuple[dict[str, gr.Textbox], dict[str, gr.HTML]]:
@@ -182,7 +184,8 @@ class Page:
         """Tell Gradio what calls what."""
         hidden: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         outputs = [
-            self.status, self.generate, self.stop, *self.texts.values(), *self.notes.values()
+            self.status, self.generate, self.stop, self.attention,
+            *self.texts.values(), *self.notes.values(),
         ]  # fmt: skip
         gr.on(
             [self.generate.click, self.prompt.submit],
@@ -214,8 +217,10 @@ class Page:
         except KNOWN_ERRORS as error:
             yield {self.status: alarm(str(error))}
             return
+        changes: Updates = {self.attention: said(NOT_SHOWN)}  # that of the last run is no longer
         for _ in run.looks():
-            yield self.updates(run)
+            yield self.updates(run) | changes
+            changes = {}
 
     def request(
         self, prompt: str, mode: str, sampling: Sequence[Any], scales: Sequence[Any]
@@ -263,12 +268,16 @@ class Page:
 
     def on_show(self, request: gr.Request) -> str:
         """The attention of the visitor's last run."""
+        run = self.playground.runs.get(request.session_hash)
+        is_over = run is not None and run.is_over
         try:
             page = attention_page(self.playground.explain(request.session_hash))
         except KNOWN_ERRORS as error:
             return alarm(str(error))
+        if self.playground.runs.get(request.session_hash) is not run:
+            return said(NOT_SHOWN)  # another run has begun meanwhile, to which this does not belong
         # A frame of its own, which reaches nothing of ours.
-        return (
+        return said("" if is_over else UNFINISHED) + (
             '<iframe title="Attention of the bridges" sandbox="allow-scripts" '
             f'srcdoc="{html.escape(page)}"></iframe>'
         )
@@ -296,10 +305,24 @@ def note(column: Column) -> str:
         return alarm(column.error)
     if not column.seconds:
         return said("nothing written" if column.is_over else "waits for its turn")
-    words = [f"{len(column.ids)} tokens", f"first after {column.seconds[0]:.2f} s"]
+    words = [count_of(column), f"first after {duration(column.seconds[0])}"]
     if column.seconds[1:]:
         words.append(f"then {column.speed:.3g} tokens/s")
     return said(" · ".join(words))
+
+
+def count_of(column: Column) -> str:
+    """How many tokens are written; the end of the text is no part of it."""
+    count = len(column.ids) - column.has_ended
+    words = "1 token" if count == 1 else f"{count} tokens"
+    return f"{words} and end" if column.has_ended else words
+
+
+def duration(seconds: float) -> str:
+    """A time that is not rounded to nothing."""
+    if seconds >= 0.1:
+        return f"{seconds:.2f} s"
+    return f"{1000 * seconds:.{0 if seconds >= 0.01 else 1}f} ms"
 
 
 def said(words: str) -> str:

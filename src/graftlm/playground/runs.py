@@ -15,14 +15,17 @@ from transformers.generation.streamers import BaseStreamer
 
 from graftlm import decoder
 from graftlm.causal_lm import ComposedForCausalLM
-from graftlm.explain import Explanation
+from graftlm.explain import Explanation, explain
 from graftlm.greedy import GREEDY
 from graftlm.playground.sampling import Sampler
 from graftlm.playground.turns import Turns
 
 KNOWN_ERRORS = (ValueError, TypeError, OSError, torch.OutOfMemoryError)  # sentences for people
 PERIOD = 0.05  # seconds between two looks at what has been written
-MAX_WEIGHTS = 2_000_000  # of attention: more make a page that browsers do not open
+TOP = 10  # of the likeliest next tokens, in the page of attention
+# Of attention: a page of 20 million is 2 MB and opens within 2 seconds. More take memory and
+# everyone's turns: both grow with the square of the text.
+MAX_WEIGHTS = 20_000_000
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +96,21 @@ class Request:
         for name, (value, lowest, highest) in ranges.items():
             if not lowest <= value <= highest:  # nor is NaN
                 raise ValueError(f"{name} is {value}, but must be from {lowest} to {highest}")
+        self.check_whole()
+
+    def check_whole(self) -> None:
+        """Refuse fractions where there are none.
+
+        Raises:
+            ValueError: In one sentence for the visitor.
+        """
+        counts = {"new tokens": self.max_new_tokens, "top-k": self.top_k, "seed": self.seed}
+        for name, value in counts.items():
+            if value % 1:
+                below = math.floor(value)
+                raise ValueError(
+                    f"{name} is {value}, but must be a whole number; write {below} or {below + 1}"
+                )
 
     def sampler(self) -> LogitsProcessorList:
         """What picks other tokens than the likeliest, if anything does."""
@@ -127,6 +145,7 @@ class Column(BaseStreamer, StoppingCriteria):
         self.ids: list[int] = []
         self.seconds: list[float] = []  # to the first token, to the second, ...
         self.error = ""
+        self.has_ended = False  # by itself: the last token is no text, but the end of it
         self.is_over = False
         self.started = 0.0
 
@@ -335,6 +354,7 @@ class Playground:
             streamer=column,
             stopping_criteria=[column],
         )
+        column.has_ended = len(column.ids) < request.max_new_tokens and not column.stopping.is_set()
 
     def encode(self, tokenizer: Any, request: Request) -> Any:
         """The prompt as one tokenizer's tokens; without a chat template, as plain text."""
@@ -393,5 +413,13 @@ class Playground:
                 f"the text has {len(ids)} tokens, whose attention is about {weights:,} numbers, "
                 f"but this page shows up to {MAX_WEIGHTS:,}; ask for fewer tokens"
             )
-        with self.turns, self.model.scaled(run.request.scales):
-            return self.model.explain(input_ids=ids, num_prompt=len(column.prompt_ids))
+        with self.model.scaled(run.request.scales):
+            return explain(
+                self.model,
+                text=None,
+                input_ids=ids,
+                max_new_tokens=0,
+                top=TOP,
+                num_prompt=len(column.prompt_ids),
+                turn=self.turns,
+            )
