@@ -45,7 +45,8 @@ OTHERS = ("specialist", "SPECIALIST", "AUGMENTING", "SMALL", "my/specialist", "c
 NOT_RUN = {
     r"make |python -m benchmarks|.*\breproduce\b": "hours, or run by tests of their own",
     r"pip |python3.11 -m venv|peers/": "they install",
-    r"tensorboard |graftlm playground": "servers: tests/test_watching.py, tests/test_playground.py",
+    r"tensorboard ": "a server: tests/test_watching.py",
+    r"graftlm playground": "a server: tests/test_playground_page.py",
     r"accelerate ": "several processes: tests/test_distributed.py",
     r"lm_eval |.*gsm8k": "data of the hub; lm-eval is run by tests/test_harness.py",
     r".*\.gguf": "real models: tests/test_real_models.py",
