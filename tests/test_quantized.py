@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from rich.console import Console
 from torch.testing import assert_close
 from torchao.quantization import Int8WeightOnlyConfig
 from transformers import (
@@ -29,6 +30,7 @@ from families import (
     uncached_logits,
 )
 from graftlm import ComposedForCausalLM, compose, verify
+from graftlm.cli.verify import show_precision
 from graftlm.quantized import quantization_for
 from graftlm.recipe import Recipe
 from graftlm.sizes import part_sizes
@@ -120,7 +122,7 @@ def test_a_composition_of_quantized_models(scheme, dtype, folders):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_quantized_compositions_keep_every_claim(scheme, dtype, folders):
+def test_quantized_compositions_keep_every_claim(scheme, dtype, folders, capsys):
     """Causality too: 8 bits with bitsandbytes' own threshold let a token change earlier logits."""
     anchor = tiny("llama", 1, **ANCHOR)
     with torch.no_grad():  # channels that some tokens drive beyond the threshold of 6
@@ -135,6 +137,8 @@ def test_quantized_compositions_keep_every_claim(scheme, dtype, folders):
     assert [check for check in checks if not check.passed] == []
     causal = {check.claim: check.measured for check in checks}["no look into the future"]
     assert causal == 0.0
+    show_precision(Console(), model)  # --dtype would not look more closely
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("bridge_dtype", [torch.float32, torch.bfloat16])

@@ -43,14 +43,17 @@ def run(args: argparse.Namespace) -> int:
 def show_precision(console: Any, model: Any) -> None:
     """Say how a closer look is had, where models compute too coarsely for one.
 
-    A bfloat16 has eight bits: what it allows for rounding can hide a small fault.
+    A bfloat16 has eight bits: what it allows for rounding can hide a small fault. Packed weights
+    have a precision of their own, which no option changes.
     """
     from torch import finfo, float32
 
-    from graftlm.decoder import computing_dtype
+    from graftlm.decoder import computing_dtype, quantization_of
 
-    dtypes = map(computing_dtype, (model.anchor, *model.augmenting.values()))
-    coarsest = max(dtypes, key=lambda dtype: finfo(dtype).eps)
+    parts = (model.anchor, *model.augmenting.values())
+    if any(map(quantization_of, parts)):
+        return
+    coarsest = max(map(computing_dtype, parts), key=lambda dtype: finfo(dtype).eps)
     if finfo(coarsest).eps > finfo(float32).eps:
         name = str(coarsest).removeprefix("torch.")
         console.print(
