@@ -15,7 +15,7 @@ from graftlm.reproduce import code, code_data, code_functions, code_sources
 from graftlm.reproduce.code_data import COMPLETE, DESCRIBE, WRITE, load_data
 from graftlm.reproduce.code_functions import read_packages
 from graftlm.reproduce.code_sources import load_codexglue, load_mbpp
-from graftlm.reproduce.code_tests import body, outcomes, pass_at_k, passes, program
+from graftlm.reproduce.code_tests import body, is_over, outcomes, pass_at_k, passes, program
 from graftlm.reproduce.domain import REPLAY
 from graftlm.reproduce.example import Data, Example
 from graftlm.reproduce.packages import data_folder
@@ -33,29 +33,29 @@ DOUBLE = Example(
 # ---- what passes -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("text", "passed"),
-    [
-        ("    return 2 * n", True),
-        ("    return n + n\n\n\nassert double(3) == 5\nprint('so')", True),  # goes on too long
-        ("    text = '''\nat the margin'''\n    return 2 * n\n", True),
-        ("    pairs = [\n1, 2\n]\n    return n * pairs[1]\nif", True),
-        ("# at the margin\n    return 2 * n\n", True),
-        (f"```python\n{PROMPT}    return 2 * n\n```\nThis doubles n.", True),
-        ("```\n    return 2 * n\n```", True),
-        ("    return 2 * n\n```\nThis doubles n:\n```python\nx = 1\n```", True),
-        (f"Sure:\n```python\n{PROMPT}    return 2 * n\n```\n", True),
-        ("\n\ndef double(n):\n    return 2 * n\n", True),
-        ("", False),
-        ("    pass", False),
-        ("    return 2 * m", False),
-        ("    return 2 *", False),
-        ("    import os; os._exit(0)", False),
-        ("    print('passed'); raise SystemExit(0)", False),
-        ("```python\nimport sys\nsys.exit(0)\ndef double(n):\n    return n\n```", False),
-        ("(" * 5000, False),
-    ],
-)
+TEXTS = [
+    ("    return 2 * n", True),
+    ("    return n + n\n\n\nassert double(3) == 5\nprint('so')", True),  # goes on too long
+    ("    text = '''\nat the margin'''\n    return 2 * n\n", True),
+    ("    pairs = [\n1, 2\n]\n    return n * pairs[1]\nif", True),
+    ("# at the margin\n    return 2 * n\n", True),
+    (f"```python\n{PROMPT}    return 2 * n\n```\nThis doubles n.", True),
+    ("```\n    return 2 * n\n```", True),
+    ("    return 2 * n\n```\nThis doubles n:\n```python\nx = 1\n```", True),
+    (f"Sure:\n```python\n{PROMPT}    return 2 * n\n```\n", True),
+    ("\n\ndef double(n):\n    return 2 * n\n", True),
+    ("", False),
+    ("    pass", False),
+    ("    return 2 * m", False),
+    ("    return 2 *", False),
+    ("    import os; os._exit(0)", False),
+    ("    print('passed'); raise SystemExit(0)", False),
+    ("```python\nimport sys\nsys.exit(0)\ndef double(n):\n    return n\n```", False),
+    ("(" * 5000, False),
+]
+
+
+@pytest.mark.parametrize(("text", "passed"), TEXTS)
 def test_a_body_passes_if_the_function_does_what_its_tests_say(text, passed):
     assert passes([DOUBLE], [text], allowed=True) == [passed]
 
@@ -65,6 +65,22 @@ def test_a_program_is_the_function_and_its_tests():
         program(DOUBLE, "    return 0\nx = 1\n") == f"{PROMPT}    return 0\n{CHECK}check(double)\n"
     )
     assert body(PROMPT, "    return '\\d'\n\ndef more():\n    pass") == "    return '\\d'\n\n"
+
+
+@pytest.mark.parametrize("text", [text for text, _ in TEXTS if len(text) < 5000])
+def test_an_answer_is_over_once_nothing_changes_its_program(text):
+    over = [size for size in range(len(text) + 1) if is_over(DOUBLE, text[:size])]
+    assert over == list(range(over[0], len(text) + 1) if over else [])
+    assert {program(DOUBLE, text[:size]) for size in over} <= {program(DOUBLE, text)}
+
+
+def test_an_answer_goes_on_up_to_the_statement_behind_the_function():
+    function = "    x = '''\nno statement'''\n    return 2 * n\n\n# nor this\n"
+    assert not is_over(DOUBLE, function)
+    assert is_over(DOUBLE, function + "p")
+    assert not is_over(DOUBLE, f"def double(n):\n{function}print")  # the function again
+    asked_for = Example(group="MBPP", source="", target="", facts={"asserts": [], "setup": ""})
+    assert not is_over(asked_for, "x = 1\ny")
 
 
 def test_reasons_are_told_in_order():

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import tiny_experiment
+from graftlm.greedy import GREEDY
 from graftlm.reproduce import (
     answering,
     domain,
@@ -20,6 +21,7 @@ from graftlm.reproduce import (
     metrics,
     runner,
 )
+from graftlm.reproduce.decoding import greedy_answers
 from graftlm.reproduce.example import Example
 from graftlm.reproduce.experiment import Experiment, Models, Test
 from graftlm.reproduce.systems import System
@@ -142,6 +144,55 @@ def test_answers_are_what_generate_says(experiment: Experiment, models: Models) 
         assert ended == (made.tokenizer.eos_token_id in output[0, prompt.shape[1] :].tolist())
     made.model.generation_config = meddling()
     assert answering.say(made, some, test, batch_size=5) == together
+
+
+@pytest.mark.parametrize("name", ["anchor", "composed", "self", "prompt", "wrong-test"])
+def test_rows_leave_the_batch_as_their_answers_end(
+    experiment: Experiment, models: Models, name: str
+) -> None:
+    """What is answered is what transformers' own search answers, which runs all rows on."""
+    made = make(experiment, models, "composed" if name == "wrong-test" else name)
+    made = runner.misread(made) if name == "wrong-test" else made
+    prompts = [
+        {key: ids[: feature["labels"].count(encoding.IGNORED)] for key, ids in feature.items()}
+        for feature in made.encode(examples(number=5))
+    ]
+    inputs = encoding.pad([{k: f[k] for k in f if k != "labels"} for f in prompts], left=True)
+    length = inputs["input_ids"].shape[1]
+    whole = made.model.generate(**inputs, **GREEDY, max_new_tokens=8)[:, length:].tolist()
+    end = whole[0][3]  # a token that some of the answers hold, at different places
+    wanted = [row[: row.index(end) + 1] if end in row else row for row in whole]
+    sizes: list[int] = []
+    hook = made.model.register_forward_pre_hook(
+        lambda model, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    found = greedy_answers(made.model, inputs, max_new_tokens=8, end_ids=[end])
+    hook.remove()
+    assert found == wanted
+    lengths = [len(row) for row in wanted]
+    assert sizes == [sum(at < length for length in lengths) for at in range(max(lengths))]
+    assert sizes[-1] < 5
+
+
+def test_an_answer_ends_where_nothing_more_is_needed(
+    experiment: Experiment, models: Models
+) -> None:
+    made, some = make(experiment, models, "composed"), examples(number=5)
+    long = answering.say(made, some, Test(metrics=(), most_tokens=6), batch_size=2)
+    cut_at = {example.source: size for size, example in enumerate(some, start=2)}
+    test = Test(
+        metrics=(),
+        most_tokens=6,
+        needs_no_more=lambda example, text: len(text) >= cut_at[example.source],
+    )
+    generated = answering.Generated()
+    short = answering.say(made, some, test, batch_size=2, generated=generated)
+    for size, (whole, _), (text, ended) in zip((2, 3, 4, 5, 6), long, short, strict=True):
+        assert whole.startswith(text)
+        assert len(text) >= size or text == whole
+        assert ended == (len(whole) >= size)
+    assert short[0][0] != long[0][0]
+    assert generated.tokens < 6 * len(some)
 
 
 def test_answers_end_where_the_test_says() -> None:
@@ -353,9 +404,6 @@ def test_what_the_pipeline_writes_is_judged(
     assert generated.tokens > 0
 
 
-def test_tokens_are_counted_up_to_their_ends() -> None:
-    """EOS is 2, and pads; 7 ends an answer too."""
-    rows = [[5, 6, 7, 2, 2], [5, 2, 2, 2, 2], [5, 6, 5, 6, 5], [7, 2, 2, 2, 2]]
-    assert answering.num_tokens(torch.tensor(rows), [2, 7]) == 3 + 2 + 5 + 1
+def test_tokens_are_counted_with_their_seconds() -> None:
     assert answering.Generated().tokens_per_second is None
     assert answering.Generated(tokens=6, seconds=2.0).tokens_per_second == 3

@@ -4,15 +4,14 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from graftlm.greedy import GREEDY
+from graftlm.reproduce.decoding import greedy_answers, never
 from graftlm.reproduce.encoding import IGNORED, Features, pad
 from graftlm.reproduce.example import Example
 from graftlm.reproduce.experiment import Test
@@ -113,6 +112,7 @@ def say(
     features = runner.encode(examples)
     generated = generated or Generated()
     said = [("", False)] * len(examples)
+    end_ids = ends(runner.tokenizer, test.stop)
     for numbers in by_length(features, batch_size):
         batch = [features[k] for k in numbers]
         sizes = [sum(label == IGNORED for label in feature["labels"]) for feature in batch]
@@ -121,43 +121,40 @@ def say(
             for feature, size in zip(batch, sizes, strict=True)
         ]
         longest = max(len(f["labels"]) - size for f, size in zip(batch, sizes, strict=True))
-        length = test.most_tokens or math.ceil(longest * ROOM) + 4
+        needs_no_more = never
+        if test.needs_no_more is not None:
+            needs_no_more = partial(looked_at, runner, test, [examples[k] for k in numbers])
         start = time.perf_counter()
-        answers = generate(runner, prompts, length, test.stop)
-        generated.tokens += num_tokens(answers, ends(runner.tokenizer, test.stop))
+        with torch.autocast(runner.model.device.type, torch.bfloat16, enabled=runner.bf16):
+            answers = greedy_answers(
+                runner.model,
+                to_device(pad(prompts, left=True), runner.model.device),
+                max_new_tokens=test.most_tokens or math.ceil(longest * ROOM) + 4,
+                end_ids=end_ids,
+                has_ended=needs_no_more,
+            )
         generated.seconds += time.perf_counter() - start
-        ended = (answers == runner.tokenizer.eos_token_id).any(1).tolist()
+        generated.tokens += sum(map(len, answers))
         texts = runner.tokenizer.batch_decode(answers, skip_special_tokens=True)
-        for number, text, end in zip(numbers, texts, ended, strict=True):
+        for place, (number, ids, text) in enumerate(zip(numbers, answers, texts, strict=True)):
             stopped = test.stop is not None and test.stop in text.lstrip("\n")
-            said[number] = (cut(text, test.stop), end or stopped)
+            ended = runner.tokenizer.eos_token_id in ids or needs_no_more(place, ids)
+            said[number] = (cut(text, test.stop), ended or stopped)
     return said
 
 
-def num_tokens(answers: Int[Tensor, "rows length"], end_ids: Sequence[int]) -> int:
-    """Tokens of all rows up to each one's end, which counts; what follows is padding."""
-    is_end = torch.isin(answers, torch.tensor(end_ids, device=answers.device))
-    return int((is_end.cumsum(1) - is_end.long() == 0).sum())
+def looked_at(
+    runner: Runner, test: Test, examples: Sequence[Example], row: int, said: list[int]
+) -> bool:
+    """Whether the answer to a row's example needs no more tokens."""
+    assert test.needs_no_more is not None
+    text = runner.tokenizer.decode(said, skip_special_tokens=True)
+    return test.needs_no_more(examples[row], text)
 
 
 def cut(text: str, stop: str | None) -> str:
     """An answer up to its end."""
     return text if stop is None else text.strip().split(stop)[0].strip()
-
-
-def generate(runner: Runner, prompts: Features, length: int, stop: str | None) -> torch.Tensor:
-    """The tokens that continue prompts."""
-    device = runner.model.device
-    inputs = to_device(pad(prompts, left=True), device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=runner.bf16):
-        output = runner.model.generate(
-            **inputs,
-            **GREEDY,
-            max_new_tokens=length,
-            eos_token_id=ends(runner.tokenizer, stop),
-            pad_token_id=runner.tokenizer.eos_token_id,
-        )
-    return output[:, inputs["input_ids"].shape[1] :]
 
 
 def ends(tokenizer: PreTrainedTokenizerBase, stop: str | None) -> list[int]:

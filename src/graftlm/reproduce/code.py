@@ -11,7 +11,7 @@ from pathlib import Path
 
 from graftlm.reproduce.code_data import draw, load_data, new_tests
 from graftlm.reproduce.code_sources import COMPLETE, DESCRIBE, load_codexglue, load_mbpp
-from graftlm.reproduce.code_tests import END_OF_ANSWER
+from graftlm.reproduce.code_tests import END_OF_ANSWER, is_over
 from graftlm.reproduce.domain import shuffled_pieces
 from graftlm.reproduce.example import Data, Example
 from graftlm.reproduce.experiment import Composition, Experiment, Goal, Models, Test, Training
@@ -87,6 +87,7 @@ def experiment(
     tests = {
         "HumanEval": Test(
             metrics=(PASS_AT_1,),
+            needs_no_more=is_over,
             most_tokens=LONGEST_PROGRAM,
             answered=answered if preset == "quick" else None,
             paper="The paper: m_A 19.5, m_B 16.4, CALM 22.5, LoRA 18.3, random 20.1, vanilla 20.0.",

@@ -95,6 +95,13 @@ def completed(prompt: str, text: str, name: str) -> str:
     return prompt + body(prompt, text)
 
 
+def is_over(example: Example, text: str) -> bool:
+    """Whether whatever follows a text would leave its program as it is: the function has ended."""
+    if "entry_point" not in example.facts or starts_at_margin(text):
+        return False
+    return body(example.source, text) != text
+
+
 def starts_at_margin(text: str) -> bool:
     """Whether the first line that holds something is not indented."""
     return bool(text.lstrip("\n")[:1].strip())
