@@ -315,3 +315,21 @@ def test_each_half_learns_its_own_keys() -> None:
     first, second = (kv_lessons.keys_of(name, keys) for name in ("first", "second"))
     assert not set(first) & set(second)
     assert [*first, *second] == keys
+
+
+def test_a_half_meets_keys_that_it_cannot_know() -> None:
+    """Its own keys always stand for the same, the others for something else each time."""
+    values = kv_data.draw_values(SMALL)
+    own = set(kv_lessons.keys_of("first", list(values)))
+    drawn = kv_lessons.lessons("first", SMALL, 4000, seed=0)
+    found: dict[str, set[str]] = {}
+    for lesson in (drawn[k] for k in range(len(drawn))):
+        for (key, _), (value, _) in pairwise(lesson):
+            if key.endswith(">") and value.isdigit():
+                found.setdefault(key[1:], set()).add(value)
+    assert all(found[key] == {str(values[key])} for key in own & set(found))
+    strange = [seen for key, seen in found.items() if key not in own]
+    assert any(len(seen) > 1 for seen in strange)
+    whole = kv_lessons.lessons("augmenting", SMALL, 400, seed=0)
+    texts = "".join(piece for k in range(len(whole)) for piece, _ in whole[k])
+    assert set(re.findall("<[a-z]+>", texts)) <= set(values)

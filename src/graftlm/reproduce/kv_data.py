@@ -179,14 +179,17 @@ def numeric_example(expression: Expression) -> Example:
     return Example(f"{expression}->", str(expression.answer()))
 
 
+def draw_key(rng: random.Random, task: KVTask) -> str:
+    """Draw letters that may be a key, written `<ab>`."""
+    return f"<{''.join(rng.choices(ascii_lowercase, k=rng.randint(*task.key_letters)))}>"
+
+
 def draw_values(task: KVTask) -> dict[str, int]:
     """Draw the task's keys, written `<ab>`, and the value of each."""
     rng = random.Random(f"keys {task.seed}")
     keys: dict[str, None] = {}  # a set that remembers its order
     while len(keys) < task.num_keys:
-        keys[
-            "<" + "".join(rng.choices(ascii_lowercase, k=rng.randint(*task.key_letters))) + ">"
-        ] = None
+        keys[draw_key(rng, task)] = None
     least, greatest = task.values
     if task.unique_values:
         numbers: Sequence[int] = rng.sample(range(least, greatest + 1), task.num_keys)

@@ -6,6 +6,10 @@ bracket holds the value, as a language model's does for what it may say next; wi
 it may put off looking a key up until it writes the substitution. It meets few keys at first and
 more and more later: with all of them from the start, 2,000 keys stayed unlearned for 500 steps.
 
+A model that knows half of the keys meets others too, each time with another value: it learns that
+it cannot know them. Without, it is as sure of them as of its own, and no bridge can tell which of
+two models to believe.
+
 m_B, the anchor, learns NUM-MATH and to copy, often with its numbers among letters and brackets
 that mean nothing: `(<ab10+x22-<qrs24)->8`. So its arithmetic does not hang on fixed distances, as
 that of a pretrained model does not.
@@ -21,27 +25,59 @@ from graftlm.reproduce.kv_data import (
     Expression,
     KVTask,
     draw_expression,
+    draw_key,
     draw_values,
     numerals,
     numeric_evaluation,
 )
 from graftlm.reproduce.kv_training import END, Lesson
 
+STRANGE = 0.3  # of the keys that a model meets which knows a half of them only
+
 
 def augmenting_lesson(
-    rng: random.Random, task: KVTask, keys: Sequence[str], values: Mapping[str, int]
+    rng: random.Random,
+    task: KVTask,
+    keys: Sequence[str],
+    values: Mapping[str, int],
+    strange: float = 0.0,
 ) -> Lesson:
-    """Draw a substitution, or a longer expression with the values of most keys beside them."""
-    if rng.random() < 0.4:
-        expression = draw_expression(rng, keys, task.operators, task.training_terms)
+    """Draw a substitution, or a longer expression with the values of most keys beside them.
+
+    Args:
+        keys: Those it has met.
+        strange: Share of the keys in whose place one stands that it cannot know.
+    """
+    is_short = rng.random() < 0.4
+    terms = task.training_terms if is_short else (1, 2 * task.terms[1])
+    expression = draw_expression(rng, keys, task.operators, terms)
+    if strange:
+        expression, values = with_strange_keys(rng, task, expression, values, strange)
+    if is_short:
         return [(f"{expression}->", False), (f"{expression.substitute(values)}{END}", True)]
-    expression = draw_expression(rng, keys, task.operators, (1, 2 * task.terms[1]))
     lesson: Lesson = []
     for sign, term in zip("(" + expression.operators, expression.terms, strict=True):
         lesson.append((sign + term, False))
         if rng.random() < 0.8:
             lesson.append((str(values[term]), True))
     return lesson
+
+
+def with_strange_keys(
+    rng: random.Random,
+    task: KVTask,
+    expression: Expression,
+    values: Mapping[str, int],
+    share: float,
+) -> tuple[Expression, Mapping[str, int]]:
+    """Put keys without a value of their own into an expression; they get one for this time."""
+    values, terms = dict(values), []
+    for term in expression.terms:
+        if rng.random() < share:
+            term = draw_key(rng, task)
+            values.setdefault(term, rng.randint(*task.values))
+        terms.append(term)
+    return Expression(tuple(terms), expression.operators), values
 
 
 def introduced(progress: float, total: int, first: int = 150) -> int:
@@ -152,11 +188,14 @@ def lessons(name: str, task: KVTask, size: int, seed: int, worked: bool = False)
 
         keys = list(draw_values(task))
     elif name != "anchor":
-        values = draw_values(task)
-        keys = keys_of(name, list(values))
+        known = draw_values(task)
+        keys = keys_of(name, list(known))
+        values = {key: known[key] for key in keys}
+        strange = STRANGE if len(keys) < len(known) else 0.0
 
         def draw(rng: random.Random, progress: float) -> Lesson:
-            return augmenting_lesson(rng, task, keys[: introduced(progress, len(keys))], values)
+            met = keys[: introduced(progress, len(keys))]
+            return augmenting_lesson(rng, task, met, values, strange)
 
     else:
         exclude = set(numeric_evaluation(task))

@@ -90,12 +90,11 @@ PARENTS = {
 # A quick run composes the parents that ship with the package, so its others are made quickly.
 _SMALL, _PAPER = PARENTS["small"], PARENTS["paper"]
 _FORMAT_ONLY = replace(_SMALL["augmenting"].fit, steps=400)  # there is nothing to memorise
-_HALF = replace(_SMALL["augmenting"].fit, steps=900)
 _INSTANT = replace(_SMALL["augmenting"].fit, steps=5)
 PARENTS["small"] |= {
     "vanilla": replace(_SMALL["augmenting"], fit=_FORMAT_ONLY),
-    "first": replace(_SMALL["augmenting"], fit=_HALF),
-    "second": replace(_SMALL["augmenting"], fit=_HALF),
+    "first": _SMALL["augmenting"],
+    "second": _SMALL["augmenting"],
 }
 PARENTS["paper"] |= dict.fromkeys(("vanilla", "first", "second"), _PAPER["augmenting"])
 PARENTS["quick"] = _SMALL | {
