@@ -279,18 +279,35 @@ def test_the_pipeline_lets_the_anchor_add_what_the_other_wrote() -> None:
 
 
 def test_missing_parents_are_trained_and_kept(tmp_path: Path) -> None:
-    kv_parents.ensure(tmp_path, ("vanilla", "first"), "quick", "cpu")
-    made = sorted(path.name for path in tmp_path.iterdir())
-    assert made == ["first", "vanilla"]
-    before = (tmp_path / "first" / "model.safetensors").stat().st_mtime_ns
-    kv_parents.ensure(tmp_path, ("first",), "quick", "cpu")
-    assert (tmp_path / "first" / "model.safetensors").stat().st_mtime_ns == before
+    made = kv_parents.ensure(tmp_path, ("vanilla", "first"), "quick", "cpu")
+    assert sorted(tmp_path.iterdir()) == sorted(made.values())
+    before = (made["first"] / "model.safetensors").stat().st_mtime_ns
+    assert kv_parents.ensure(tmp_path, ("first",), "quick", "cpu") == {"first": made["first"]}
+    assert (made["first"] / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_parents_of_another_recipe_are_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They were, by their name alone, when the lessons of `first` and `second` changed."""
+    place = kv_parents.parent_folder(tmp_path, "first", "small")
+    assert place == kv_parents.parent_folder(tmp_path, "first", "small")
+    assert place != kv_parents.parent_folder(tmp_path, "first", "quick")  # fewer steps
+    monkeypatch.setattr(kv_lessons, "VERSION", kv_lessons.VERSION + 1)
+    assert place != kv_parents.parent_folder(tmp_path, "first", "small")
+
+
+class Unsaved:
+    """A parent that costs nothing to train."""
+
+    def save_pretrained(self, folder: Path) -> None:
+        folder.mkdir(parents=True)
 
 
 def test_parents_of_one_preset_are_not_taken_for_anothers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kv_parents, "ensure", lambda *args: None)
+    monkeypatch.setattr(kv_parents, "train_parent", lambda *args, **kwargs: Unsaved())
     for module in (kv_arithmetic, kv_two_models):
         places = [
             module.models(tmp_path, {"vanilla"}, "cpu", preset=preset)

@@ -24,6 +24,7 @@ from graftlm.reproduce import (
 from graftlm.reproduce.decoding import greedy_answers
 from graftlm.reproduce.example import Example
 from graftlm.reproduce.experiment import Experiment, Models, Test
+from graftlm.reproduce.language_model import train_tokenizer
 from graftlm.reproduce.systems import System
 from tiny import character_tokenizer, meddling
 
@@ -153,25 +154,32 @@ def test_rows_leave_the_batch_as_their_answers_end(
     """What is answered is what transformers' own search answers, which runs all rows on."""
     made = make(experiment, models, "composed" if name == "wrong-test" else name)
     made = runner.misread(made) if name == "wrong-test" else made
+    for bridge in getattr(made.model, "bridges", ()):
+        torch.nn.init.normal_(bridge.cross_o.weight)  # else all of them say what the anchor says
+    some = [replace(one, opening="x" * k + one.opening) for k, one in enumerate(examples(number=5))]
     prompts = [
         {key: ids[: feature["labels"].count(encoding.IGNORED)] for key, ids in feature.items()}
-        for feature in made.encode(examples(number=5))
+        for feature in made.encode(some)
     ]
     inputs = encoding.pad([{k: f[k] for k in f if k != "labels"} for f in prompts], left=True)
+    assert int((inputs["attention_mask"] == 0).sum()) == 4 + 3 + 2 + 1
     length = inputs["input_ids"].shape[1]
     whole = made.model.generate(**inputs, **GREEDY, max_new_tokens=8)[:, length:].tolist()
-    end = whole[0][3]  # a token that some of the answers hold, at different places
-    wanted = [row[: row.index(end) + 1] if end in row else row for row in whole]
-    sizes: list[int] = []
-    hook = made.model.register_forward_pre_hook(
-        lambda model, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
-    )
-    found = greedy_answers(made.model, inputs, max_new_tokens=8, end_ids=[end])
-    hook.remove()
-    assert found == wanted
-    lengths = [len(row) for row in wanted]
-    assert sizes == [sum(at < length for length in lengths) for at in range(max(lengths))]
-    assert sizes[-1] < 5
+    if name != "anchor":
+        given = {key: ids for key, ids in inputs.items() if key != "read_ids"}
+        with made.model.anchor_only():
+            said = made.model.generate(**given, **GREEDY, max_new_tokens=8)
+        assert whole != said[:, length:].tolist()
+    for end in {token for row in whole for token in row}:
+        sizes: list[int] = []
+        hook = made.model.register_forward_pre_hook(
+            lambda model, args, kwargs, into=sizes: into.append(len(kwargs["input_ids"])),
+            with_kwargs=True,
+        )
+        found = greedy_answers(made.model, inputs, max_new_tokens=8, end_ids=[end])
+        hook.remove()
+        assert found == [row[: row.index(end) + 1] if end in row else row for row in whole]
+        assert sizes == [sum(at < len(row) for row in found) for at in range(max(map(len, found)))]
 
 
 def test_an_answer_ends_where_nothing_more_is_needed(
@@ -180,12 +188,12 @@ def test_an_answer_ends_where_nothing_more_is_needed(
     made, some = make(experiment, models, "composed"), examples(number=5)
     long = answering.say(made, some, Test(metrics=(), most_tokens=6), batch_size=2)
     cut_at = {example.source: size for size, example in enumerate(some, start=2)}
+    generated = answering.Generated()
     test = Test(
         metrics=(),
         most_tokens=6,
         needs_no_more=lambda example, text: len(text) >= cut_at[example.source],
     )
-    generated = answering.Generated()
     short = answering.say(made, some, test, batch_size=2, generated=generated)
     for size, (whole, _), (text, ended) in zip((2, 3, 4, 5, 6), long, short, strict=True):
         assert whole.startswith(text)
@@ -193,6 +201,19 @@ def test_an_answer_ends_where_nothing_more_is_needed(
         assert ended == (len(whole) >= size)
     assert short[0][0] != long[0][0]
     assert generated.tokens < 6 * len(some)
+
+
+def test_an_answer_does_not_end_within_a_character(experiment: Experiment, models: Models) -> None:
+    """Its first byte alone is no space, and would end a function; U+3000 as a whole is one."""
+    made = make(experiment, models, "anchor")
+    made = replace(made, tokenizer=train_tokenizer(["a"], 300))
+    test = Test(metrics=(), needs_no_more=lambda example, text: True)
+    ids = made.tokenizer("a\u3000", add_special_tokens=False)["input_ids"]
+    over = [
+        answering.looked_at(made, test, examples(number=1), 0, ids[:size])
+        for size in range(1, len(ids) + 1)
+    ]
+    assert over == [True, False, False, True]
 
 
 def test_answers_end_where_the_test_says() -> None:

@@ -138,7 +138,7 @@ def say(
         texts = runner.tokenizer.batch_decode(answers, skip_special_tokens=True)
         for place, (number, ids, text) in enumerate(zip(numbers, answers, texts, strict=True)):
             stopped = test.stop is not None and test.stop in text.lstrip("\n")
-            ended = runner.tokenizer.eos_token_id in ids or needs_no_more(place, ids)
+            ended = ids[-1] in end_ids or needs_no_more(place, ids)
             said[number] = (cut(text, test.stop), ended or stopped)
     return said
 
@@ -149,7 +149,8 @@ def looked_at(
     """Whether the answer to a row's example needs no more tokens."""
     assert test.needs_no_more is not None
     text = runner.tokenizer.decode(said, skip_special_tokens=True)
-    return test.needs_no_more(examples[row], text)
+    is_whole = not text.endswith("\ufffd")  # else more tokens make another character of it
+    return is_whole and test.needs_no_more(examples[row], text)
 
 
 def cut(text: str, stop: str | None) -> str:

@@ -35,7 +35,7 @@ def greedy_answers(
     """The likeliest tokens behind each prompt, the one that ends it included.
 
     Args:
-        model: Any that generates.
+        model: Any that generates with a cache whose rows can be told apart: of keys and values.
         inputs: Prompts padded on the left, as for `generate`.
         end_ids: Tokens that end an answer.
         has_ended: Whether a row's answer has ended for another reason.
@@ -43,6 +43,8 @@ def greedy_answers(
     return model.generate(
         **inputs,
         **GREEDY,
+        use_cache=True,
+        cache_implementation="dynamic",
         max_new_tokens=max_new_tokens,
         eos_token_id=list(end_ids),
         pad_token_id=end_ids[0],
@@ -67,7 +69,8 @@ def search(
     while True:
         model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
         scores = logits_processor(input_ids, outputs.logits[:, -1].float())
-        input_ids = torch.cat([input_ids, scores.argmax(-1, keepdim=True)], dim=-1)
+        likeliest = scores.argmax(-1, keepdim=True).to(input_ids.device)
+        input_ids = torch.cat([input_ids, likeliest], dim=-1)
         said = input_ids[:, length:].tolist()
         ended = [
             stopped or has_ended(row, ids)

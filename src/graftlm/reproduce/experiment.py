@@ -78,8 +78,8 @@ class Test:
     Args:
         metrics: The first is the one that counts.
         stop: Where an answer ends, beside the end of the text.
-        needs_no_more: Whether what follows an answer's text would change nothing, so that it ends
-            there; what is answered does not depend on it.
+        needs_no_more: Whether nothing that could follow an answer's text would change its score,
+            so that it ends there.
         most_tokens: Of an answer; by default a third more than the longest reference of its batch.
         answered: How many examples of a group are answered; likelihoods are of all.
         paper: What the paper says of it, for the report.

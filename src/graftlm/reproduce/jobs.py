@@ -410,7 +410,8 @@ def through_text(
     assert experiment.pipeline is not None
     asks = experiment.asks or (lambda example: example)
     questions = [asks(example) for example in examples]
-    said = say(showing(speaker, shots), questions, test, experiment.answer_batch, generated)
+    whole = replace(test, needs_no_more=None)  # what is said is read, not run
+    said = say(showing(speaker, shots), questions, whole, experiment.answer_batch, generated)
     return [
         experiment.pipeline(example, text)
         for example, (text, _) in zip(examples, said, strict=True)

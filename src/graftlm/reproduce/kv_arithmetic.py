@@ -168,14 +168,15 @@ def experiment(
 def models(folder: Path, read: Set[str], device: str, *, preset: str) -> Models:
     """The shipped parents and, where it is read, m_A's twin that never learned a key."""
     shipped = kv_parents.SHIPPED if preset != "paper" else folder / "parents"
-    kv_parents.ensure(shipped, ("augmenting", "anchor"), preset, device)
-    made = folder / "models" / preset
+    parents = kv_parents.ensure(shipped, ("augmenting", "anchor"), preset, device)
+    vanilla = {}
     if "vanilla" in read:
-        kv_parents.ensure(made, ("vanilla",), preset, device)
+        made = kv_parents.ensure(folder / "models" / preset, ("vanilla",), preset, device)
+        vanilla = {"augmenting": made["vanilla"]}
     return Models(
-        anchor=shipped / "anchor",
-        augmenting={"augmenting": shipped / "augmenting"},
-        vanilla={"augmenting": made / "vanilla"},
+        anchor=parents["anchor"],
+        augmenting={"augmenting": parents["augmenting"]},
+        vanilla=vanilla,
     )
 
 

@@ -7,8 +7,8 @@ it may put off looking a key up until it writes the substitution. It meets few k
 more and more later: with all of them from the start, 2,000 keys stayed unlearned for 500 steps.
 
 A model that knows half of the keys meets others too, each time with another value: it learns that
-it cannot know them. Without, it is as sure of them as of its own, and no bridge can tell which of
-two models to believe.
+it cannot know them. Without, it is nearly as sure of them as of its own, and a bridge can hardly
+tell which of two models to believe.
 
 m_B, the anchor, learns NUM-MATH and to copy, often with its numbers among letters and brackets
 that mean nothing: `(<ab10+x22-<qrs24)->8`. So its arithmetic does not hang on fixed distances, as
@@ -32,6 +32,7 @@ from graftlm.reproduce.kv_data import (
 )
 from graftlm.reproduce.kv_training import END, Lesson
 
+VERSION = 2  # of the lessons; parents that learned from others are trained anew
 STRANGE = 0.3  # of the keys that a model meets which knows a half of them only
 
 

@@ -3,8 +3,10 @@
 What they learn from is in `kv_lessons`. Both are Llamas of less than a million weights.
 """
 
+import hashlib
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from transformers import (
     set_seed,
 )
 
+from graftlm.reproduce import kv_lessons
 from graftlm.reproduce.kv_data import TASKS, KVTask, build_tokenizer
 from graftlm.reproduce.kv_lessons import lessons
 from graftlm.reproduce.kv_training import FitSettings, fit
@@ -162,25 +165,42 @@ def train_worked(
     )
 
 
-def ensure(folder: Path, names: Sequence[str], preset: str, device: str) -> None:
+def parent_folder(folder: Path, name: str, preset: str) -> Path:
+    """Where a parent is kept; another recipe has another place, those that ship have their own."""
+    if folder == SHIPPED:
+        return folder / name
+    told = [kv_lessons.VERSION, name, asdict(PARENTS[preset][name]), asdict(task_of(preset))]
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    return folder / f"{name}-{digest[:12]}"
+
+
+def task_of(preset: str) -> KVTask:
+    """The keys of a preset."""
+    return TASKS["paper" if preset == "paper" else "small"]
+
+
+def ensure(folder: Path, names: Sequence[str], preset: str, device: str) -> dict[str, Path]:
     """Train those parents that are not in a folder yet.
 
     Args:
-        folder: Of one preset: a parent that is there is taken for one of it.
-        names: Of `augmenting`, `anchor`, and of what only controls read: see `LESSONS`.
+        folder: What is there was trained by the same recipe, or has another name.
+        names: Of `augmenting`, `anchor`, and of those in `kv_lessons.lessons`.
         device: Where to train, cpu or cuda.
+
+    Returns:
+        The folder of each.
     """
-    task = TASKS["paper" if preset == "paper" else "small"]
-    use_cpu = device == "cpu"
-    for name in names:
-        target = folder / name
+    task, use_cpu = task_of(preset), device == "cpu"
+    found = {name: parent_folder(folder, name, preset) for name in names}
+    for name, target in found.items():
         if target.exists():
             continue
         model = train_parent(name, task, PARENTS[preset][name], console=Console(), use_cpu=use_cpu)
-        unfinished = folder / f"{name}.part"
+        unfinished = target.with_name(f"{target.name}.part")
         model.save_pretrained(unfinished)
         build_tokenizer(task).save_pretrained(unfinished)
         unfinished.rename(target)
+    return found
 
 
 def load_parents(

@@ -76,10 +76,9 @@ def models(folder: Path, read: Set[str], device: str, *, preset: str) -> Models:
     """The shipped anchor, and two models that are trained here."""
     del read
     shipped = kv_parents.SHIPPED if preset != "paper" else folder / "parents"
-    kv_parents.ensure(shipped, ("anchor",), preset, device)
-    made = folder / "models" / preset
-    kv_parents.ensure(made, HALVES, preset, device)
-    return Models(anchor=shipped / "anchor", augmenting={name: made / name for name in HALVES})
+    anchor = kv_parents.ensure(shipped, ("anchor",), preset, device)["anchor"]
+    halves = kv_parents.ensure(folder / "models" / preset, HALVES, preset, device)
+    return Models(anchor=anchor, augmenting=halves)
 
 
 @cache
