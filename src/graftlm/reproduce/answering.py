@@ -148,7 +148,7 @@ def looked_at(
 ) -> bool:
     """Whether the answer to a row's example needs no more tokens."""
     assert test.needs_no_more is not None
-    text = runner.tokenizer.decode(said, skip_special_tokens=True)
+    text = str(runner.tokenizer.decode(said, skip_special_tokens=True))
     is_whole = not text.endswith("\ufffd")  # else more tokens make another character of it
     return is_whole and test.needs_no_more(examples[row], text)
 
