@@ -23,6 +23,7 @@ from graftlm.reproduce import (
     flags,
     hardware,
     jobs,
+    kept,
     kv_arithmetic,
     kv_two_models,
     metrics,
@@ -138,7 +139,7 @@ def test_a_killed_process_is_explained(
             pass
 
     monkeypatch.setattr(jobs, "ProcessPoolExecutor", Killed)
-    study = jobs.Study(experiment=experiment, models=models, folder=tmp_path, device="cpu")
+    study = kept.Study(experiment=experiment, models=models, folder=tmp_path, device="cpu")
     with pytest.raises(OSError, match="was killed, perhaps because memory ran out"):
         list(jobs.outcomes(study, jobs.jobs_of(experiment, [("composed", 1)]), 2, QUIET))
 

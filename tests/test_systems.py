@@ -18,6 +18,7 @@ from graftlm.reproduce import (
     encoding,
     fitting,
     jobs,
+    kept,
     metrics,
     runner,
 )
@@ -381,7 +382,7 @@ def test_the_pipelines_parts_are_shown_what_they_are_asked(
     hinting = replace(
         experiment, pipeline=lambda one, said: (replace(one, closing=f"{one.closing}{said}"), "")
     )
-    study = jobs.Study(experiment=hinting, models=models, folder=tmp_path, device="cpu")
+    study = kept.Study(experiment=hinting, models=models, folder=tmp_path, device="cpu")
     data = replace(hinting.data(0), shots={"Up": examples("Up", 3)})
     shots = jobs.shots_through_text(study, data)["Up"]
     assert all(one.closing.endswith("a hint") for one in shots)
@@ -409,7 +410,7 @@ def test_what_the_pipeline_writes_is_judged(
     monkeypatch.setattr("graftlm.reproduce.code_tests.passes", passes)
     monkeypatch.setattr(jobs, "say", lambda runner, some, *_: [("begun ", True)] * len(some))
     tests = {"near": Test(metrics=(metrics.PASS_AT_1,), most_tokens=4)}
-    study = jobs.Study(
+    study = kept.Study(
         experiment=replace(experiment, tests=tests, training=experiment.training),
         models=models,
         folder=tmp_path,

@@ -7,7 +7,7 @@ from typing import Any
 
 from graftlm.reproduce.example import Data
 from graftlm.reproduce.experiment import Experiment, Goal, Test
-from graftlm.reproduce.jobs import Answers, Outcome
+from graftlm.reproduce.kept import Answers, Outcome
 from graftlm.reproduce.metrics import Metric, Rows
 from graftlm.reproduce.statistics import Cell, compare, share_of_gain
 from graftlm.reproduce.systems import OURS

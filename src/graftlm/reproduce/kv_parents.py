@@ -203,14 +203,10 @@ def ensure(folder: Path, names: Sequence[str], preset: str, device: str) -> dict
     return found
 
 
-def load_parents(
-    folder: Path = SHIPPED, device: str = "cpu"
-) -> tuple[LlamaForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """Load the augmenting model, the anchor and their tokenizer."""
+def load_parents() -> tuple[LlamaForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """Load the augmenting model and the anchor that ship, and their tokenizer."""
     augmenting, anchor = (
-        LlamaForCausalLM.from_pretrained(
-            folder / name, attn_implementation="eager", device_map=device
-        ).eval()
+        LlamaForCausalLM.from_pretrained(SHIPPED / name, attn_implementation="eager").eval()
         for name in ("augmenting", "anchor")
     )
-    return augmenting, anchor, PreTrainedTokenizerFast.from_pretrained(folder / "anchor")
+    return augmenting, anchor, PreTrainedTokenizerFast.from_pretrained(SHIPPED / "anchor")

@@ -17,7 +17,8 @@ from graftlm.reproduce import comparison
 from graftlm.reproduce.experiment import Experiment
 from graftlm.reproduce.files import write_text
 from graftlm.reproduce.hardware import hardware
-from graftlm.reproduce.jobs import Job, Outcome, Study, jobs_of, outcomes
+from graftlm.reproduce.jobs import jobs_of, outcomes
+from graftlm.reproduce.kept import Job, Outcome, Study
 from graftlm.reproduce.metrics import CHRF
 from graftlm.reproduce.report import print_summary, write_report
 from graftlm.reproduce.sandbox import guards
