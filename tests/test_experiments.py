@@ -4,6 +4,9 @@ import argparse
 import json
 import multiprocessing
 import os
+import signal
+import subprocess
+import sys
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -168,6 +171,36 @@ def test_each_process_takes_a_free_gpu_and_gives_it_back() -> None:
     assert set(found) <= {"3", "5"}
     assert sorted(free.get() for _ in range(2)) == ["3", "5"]
     assert free.empty()
+
+
+ORPHAN = """
+import multiprocessing, os, sys, time
+from graftlm.reproduce import jobs
+
+def work():
+    jobs.prepare_process(1, None)
+    print(os.getpid(), flush=True)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    multiprocessing.get_context("spawn").Process(target=work).start()
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_leaves_no_process_at_work(tmp_path: Path) -> None:
+    """They went on for the hour that their system took."""
+    script = tmp_path / "orphan.py"
+    script.write_text(ORPHAN)
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True) as started:
+        assert started.stdout is not None
+        worker = int(started.stdout.readline())
+        started.kill()
+        try:
+            started.communicate(timeout=30)  # the pipe is open for as long as the worker lives
+        except subprocess.TimeoutExpired:
+            os.kill(worker, signal.SIGKILL)
+            pytest.fail("the worker lived on for 30 seconds")
 
 
 def test_all_gpus_that_may_be_used_are(monkeypatch: pytest.MonkeyPatch) -> None:

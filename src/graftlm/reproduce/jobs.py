@@ -4,6 +4,7 @@ import multiprocessing
 import multiprocessing.util
 import os
 import random
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -147,11 +148,20 @@ def prepare_process(threads: int, free: Any) -> None:
     Args:
         free: A queue of the names of GPUs; None if there are none.
     """
+    threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     transformers_logging.disable_progress_bar()
     if free is not None:
         gpu = os.environ["CUDA_VISIBLE_DEVICES"] = free.get()
         multiprocessing.util.Finalize(None, free.put, args=(gpu,), exitpriority=0)
+
+
+def end_with_parent() -> None:
+    """Wait for the run that started this process: one that is killed would leave it at work."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def run_alone(study: Study, job: Job, path: Path) -> Outcome:
