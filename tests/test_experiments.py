@@ -120,6 +120,20 @@ def test_a_stopped_experiment_goes_on(
     assert sorted(ran[1:]) == ["anchor", "composed", "lora"]  # the anchor once, not for each seed
 
 
+def test_an_outcome_is_kept_under_what_it_depends_on(
+    tmp_path: Path, experiment: Experiment, models: Models
+) -> None:
+    def path(**changed: Any) -> Path:
+        system = replace(experiment.systems["composed"], **changed)
+        systems = {**experiment.systems, "composed": system}
+        other = replace(experiment, systems=systems)
+        study = kept.Study(experiment=other, models=models, folder=tmp_path, device="cpu")
+        return kept.outcome_path(study, kept.Job(name="composed", seed=0), "data")
+
+    assert path(title="another name for the same row") == path()
+    assert path(composition={"width": 16}) != path()
+
+
 def test_a_killed_process_is_explained(
     tmp_path: Path, experiment: Experiment, models: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:

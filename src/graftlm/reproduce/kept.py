@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,7 @@ def fingerprint(study: Study, job: Job, data_hash: str) -> str:
             "name": job.name,
             "seed": seed_of(study, job),
             "also": job.also,
-            "system": asdict(system),
+            "system": asdict(replace(system, title="")),  # what a row is called changes nothing
             "composition": asdict(experiment.composition),
             "training": asdict(experiment.training),
             "tests": {name: told(test) for name, test in experiment.tests.items()},

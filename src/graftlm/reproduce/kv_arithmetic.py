@@ -80,7 +80,7 @@ ABLATIONS = {
     "width-64": System(title="a quarter of the width", composition={"width": 64}),
     "no-position": System(title="no position (the paper)", composition={"position": "none"}),
     "rotary": System(title="rotary position", composition={"position": "rotary"}),
-    "no-norm": System(title="no normalisation", composition={"variant": "paper"}),
+    "no-norm": System(title="neither normalisation nor unit", composition={"variant": "paper"}),
     "gate": System(title="a gate that starts at zero", composition={"gate": True}),
     "bare": System(
         title="the paper's bare equations",
