@@ -37,7 +37,7 @@ from transformers import (
 
 from graftlm import optimizer_state
 from graftlm.gguf import sha256
-from graftlm.reproduce.hardware import on_one_device
+from graftlm.reproduce.hardware import has_bf16, on_one_device
 from graftlm.reproduce.kv_training import Watch
 from graftlm.resuming import Interruption, last_checkpoint
 
@@ -61,7 +61,7 @@ class LanguageModelSettings:
         batch_size: Rows of an update.
         max_length: Tokens a text may have later.
         num_texts: Of a language to train on, at most.
-        bf16: Compute in bfloat16 (autocast).
+        bf16: Compute in bfloat16 (autocast), where that is fast.
     """
 
     vocabulary: int = 4096
@@ -404,7 +404,7 @@ def fit(
             warmup_steps=math.ceil(settings.steps * settings.warmup),
             weight_decay=settings.weight_decay,
             adam_beta2=0.95,
-            bf16=settings.bf16,
+            bf16=settings.bf16 and has_bf16(device),
             use_cpu=device == "cpu",
         ),
         train_dataset=rows,
