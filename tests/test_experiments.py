@@ -233,6 +233,21 @@ def test_a_trainer_keeps_to_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (args._n_gpu, args.max_steps) == (1, 3)
 
 
+def test_a_machine_slow_in_bfloat16_computes_in_float32(
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wished = replace(experiment, in_bf16=True, training=replace(experiment.training, bf16=True))
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    assert run.suited(wished, "cpu") == wished
+    for device in ("cuda", "cuda:1"):
+        slow = run.suited(wished, device)
+        assert (slow.in_bf16, slow.training.bf16) == (False, False)
+        assert slow == replace(wished, in_bf16=False, training=slow.training)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert not run.suited(wished, "cpu").in_bf16
+
+
 def test_what_is_tested_twice_is_trained_once(experiment: Experiment) -> None:
     """Whether it is asked for or not, so that it can be added without training again."""
     alone = jobs.jobs_of(experiment, [("composed", 2)])
