@@ -31,6 +31,7 @@ from graftlm.reproduce import (
     kv_two_models,
     metrics,
     run,
+    runner,
     translate,
 )
 from graftlm.reproduce.experiment import Experiment, Models, Test
@@ -239,13 +240,13 @@ def test_a_machine_slow_in_bfloat16_computes_in_float32(
     wished = replace(experiment, in_bf16=True, training=replace(experiment.training, bf16=True))
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
-    assert run.suited(wished, "cpu") == wished
+    assert runner.suited(wished, "cpu") == wished
     for device in ("cuda", "cuda:1"):
-        slow = run.suited(wished, device)
+        slow = runner.suited(wished, device)
         assert (slow.in_bf16, slow.training.bf16) == (False, False)
         assert slow == replace(wished, in_bf16=False, training=slow.training)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    assert not run.suited(wished, "cpu").in_bf16
+    assert not runner.suited(wished, "cpu").in_bf16
 
 
 def test_what_is_tested_twice_is_trained_once(experiment: Experiment) -> None:

@@ -135,7 +135,7 @@ class Experiment:
             augmenting model says to it, what the anchor is given and what the answer begins with.
         asks: What the augmenting model is asked in that control; by default the example itself.
         in_bf16: Whether weights are kept in bfloat16; a machine that is slow in it takes float32
-            (`run.suited`).
+            (`runner.suited`).
         answer_batch: Examples answered at a time.
         changes: What the command line changed, for the report.
     """

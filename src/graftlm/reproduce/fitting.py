@@ -115,7 +115,7 @@ def fit(
             data_collator=runner.collate,
             callbacks=[watch],
         )
-        trainer.bf16_autocast = settings.bf16
+        trainer.bf16_autocast = runner.bf16
         trainer.remove_callback(PrinterCallback)  # the bar shows what it would print
         try:
             trainer.train()

@@ -80,7 +80,10 @@ def seed_of(study: Study, job: Job) -> int:
 
 
 def fingerprint(study: Study, job: Job, data_hash: str) -> str:
-    """Changes with everything that an outcome depends on but the machine and the code."""
+    """Changes with everything that an outcome depends on but the machine and the code.
+
+    So one that computes in float32 goes on where another stopped that does in bfloat16.
+    """
     experiment, models = study.experiment, study.models
     system = experiment.system(job.name)
     paths = [models.anchor, *models.augmenting.values()]

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 from graftlm.reproduce import comparison
 from graftlm.reproduce.experiment import Experiment
 from graftlm.reproduce.files import write_text
-from graftlm.reproduce.hardware import hardware, has_bf16
+from graftlm.reproduce.hardware import hardware
 from graftlm.reproduce.jobs import jobs_of, outcomes
 from graftlm.reproduce.kept import Job, Outcome, Study
 from graftlm.reproduce.metrics import CHRF
@@ -61,7 +61,6 @@ def run(
     check(experiment, systems, jobs, run_code)
     console = console or Console()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    experiment = suited(experiment, device)
     folder = Path(output)
     check_folder(folder, experiment)
     held_in = isolation(experiment, console)
@@ -171,13 +170,6 @@ def check(
             f"{missing[0]} is not installed, which this experiment needs; "
             "run: pip install 'graftlm[reproduce]'"
         )
-
-
-def suited(experiment: Experiment, device: str) -> Experiment:
-    """The experiment in float32 where bfloat16 would only be slow."""
-    if has_bf16(device):
-        return experiment
-    return replace(experiment, in_bf16=False, training=replace(experiment.training, bf16=False))
 
 
 def scored_by(experiment: Experiment) -> tuple[str, ...]:

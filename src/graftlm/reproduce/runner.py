@@ -22,6 +22,7 @@ from graftlm.processor import ComposedDataCollator
 from graftlm.reproduce.encoding import Features, donors_of, feature, pad, shown, wrong_feature
 from graftlm.reproduce.example import Example
 from graftlm.reproduce.experiment import Composition, Experiment, Models
+from graftlm.reproduce.hardware import has_bf16
 from graftlm.reproduce.systems import System
 
 Collate = Callable[[Features], dict[str, Any]]
@@ -57,6 +58,7 @@ def make_runner(
     device: str,
 ) -> Runner:
     """A system before its training, the same for the same seed."""
+    experiment = suited(experiment, device)
     set_seed(seed)
     if system.alone is not None:
         path = models.anchor
@@ -71,6 +73,13 @@ def make_runner(
             weight.data = weight.data.float()
         return runner
     return composed(experiment, models, system, device)
+
+
+def suited(experiment: Experiment, device: str) -> Experiment:
+    """The experiment in float32 where bfloat16 would only be slow."""
+    if has_bf16(device):
+        return experiment
+    return replace(experiment, in_bf16=False, training=replace(experiment.training, bf16=False))
 
 
 def load(experiment: Experiment, path: Path, device: str) -> PreTrainedModel:
