@@ -16,6 +16,7 @@ from graftlm.reproduce import (
     answering,
     domain,
     encoding,
+    few_shot,
     fitting,
     jobs,
     kept,
@@ -181,6 +182,48 @@ def test_rows_leave_the_batch_as_their_answers_end(
         hook.remove()
         assert found == [row[: row.index(end) + 1] if end in row else row for row in whole]
         assert sizes == [sum(at < len(row) for row in found) for at in range(max(map(len, found)))]
+
+
+@pytest.mark.parametrize("name", ["anchor", "augmenting"])
+def test_examples_in_the_prompt_are_read_once(
+    experiment: Experiment, models: Models, name: str
+) -> None:
+    """A batch says the same, and what its rows begin with is one row's work."""
+    made = make(experiment, models, name)
+    assert made.shares
+    some = [replace(one, source="x" * k + one.source) for k, one in enumerate(examples(number=5))]
+    test = Test(metrics=(), most_tokens=6)
+    found = {}
+    for shares in (True, False):
+        read: list[int] = []
+        hook = fitting.decoder.trunk(made.model).register_forward_pre_hook(
+            lambda model, args, kwargs, into=read: into.append(kwargs["input_ids"].numel()),
+            with_kwargs=True,
+        )
+        one = replace(made, shares=shares)
+        costs = answering.costs(one, some, batch_size=5)
+        said = answering.say(one, some, test, batch_size=5)
+        hook.remove()
+        found[shares] = costs, said, read
+    assert found[True][1] == found[False][1]
+    for once, anew in zip(found[True][0], found[False][0], strict=True):
+        assert once.bits == pytest.approx(anew.bits, rel=1e-5)
+        assert once.tokens == anew.tokens
+    shots, rest, *_ = found[True][2]
+    assert shots + rest // 5 == found[False][2][0] // 5
+    assert shots > 20
+
+
+def test_only_full_attention_can_skip_padding(experiment: Experiment, models: Models) -> None:
+    """A window counts the padding between shared tokens and the rest."""
+    model = make(experiment, models, "anchor").model
+    assert few_shot.sees_all(model)
+    model.config.layer_types = ["full_attention", "sliding_attention"]
+    assert not few_shot.sees_all(model)
+    shots = experiment.data(0).shots
+    assert not runner.showing(make(experiment, models, "composed"), {}).shares
+    plain = replace(make(experiment, models, "anchor"), model=model)
+    assert not runner.showing(plain, shots).shares
 
 
 def test_an_answer_ends_where_nothing_more_is_needed(

@@ -15,6 +15,7 @@ from graftlm.reproduce.decoding import greedy_answers, never
 from graftlm.reproduce.encoding import IGNORED, Features, pad
 from graftlm.reproduce.example import Example
 from graftlm.reproduce.experiment import Test
+from graftlm.reproduce.few_shot import batch_of
 from graftlm.reproduce.fitting import target_logits
 from graftlm.reproduce.metrics import Answer
 from graftlm.reproduce.runner import Runner
@@ -88,8 +89,12 @@ def costs(runner: Runner, examples: Sequence[Example], batch_size: int = 16) -> 
     bits, tokens = [0.0] * len(examples), [0] * len(examples)
     device = runner.model.device
     for numbers in by_length(features, batch_size):
-        batch = to_device(runner.collate([features[k] for k in numbers]), device)
+        some = [features[k] for k in numbers]
         with torch.autocast(device.type, torch.bfloat16, enabled=runner.bf16):
+            if runner.shares:
+                batch = batch_of(runner.model, some, left=False)
+            else:
+                batch = to_device(runner.collate(some), device)
             logits, labels, rows = target_logits(runner.model, batch)
         losses = F.cross_entropy(logits, labels, reduction="none").tolist()
         owners = rows.tolist()
@@ -112,7 +117,7 @@ def say(
     features = runner.encode(examples)
     generated = generated or Generated()
     said = [("", False)] * len(examples)
-    end_ids = ends(runner.tokenizer, test.stop)
+    end_ids, device = ends(runner.tokenizer, test.stop), runner.model.device
     for numbers in by_length(features, batch_size):
         batch = [features[k] for k in numbers]
         sizes = [sum(label == IGNORED for label in feature["labels"]) for feature in batch]
@@ -125,10 +130,14 @@ def say(
         if test.needs_no_more is not None:
             needs_no_more = partial(looked_at, runner, test, [examples[k] for k in numbers])
         start = time.perf_counter()
-        with torch.autocast(runner.model.device.type, torch.bfloat16, enabled=runner.bf16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=runner.bf16):
+            if runner.shares:
+                inputs = batch_of(runner.model, prompts, left=True)
+            else:
+                inputs = to_device(pad(prompts, left=True), device)
             answers = greedy_answers(
                 runner.model,
-                to_device(pad(prompts, left=True), runner.model.device),
+                inputs,
                 max_new_tokens=test.most_tokens or math.ceil(longest * ROOM) + 4,
                 end_ids=end_ids,
                 has_ended=needs_no_more,

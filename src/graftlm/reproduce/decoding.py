@@ -26,7 +26,7 @@ def never(row: int, said: list[int]) -> bool:
 
 def greedy_answers(
     model: Any,
-    inputs: dict[str, Tensor],
+    inputs: dict[str, Any],
     *,
     max_new_tokens: int,
     end_ids: Sequence[int],
@@ -36,15 +36,16 @@ def greedy_answers(
 
     Args:
         model: Any that generates with a cache whose rows can be told apart: of keys and values.
-        inputs: Prompts padded on the left, as for `generate`.
+        inputs: Prompts padded on the left, as for `generate`, and perhaps a cache.
         end_ids: Tokens that end an answer.
         has_ended: Whether a row's answer has ended for another reason.
     """
+    fresh = {} if "past_key_values" in inputs else {"cache_implementation": "dynamic"}
     return model.generate(
         **inputs,
         **GREEDY,
+        **fresh,
         use_cache=True,
-        cache_implementation="dynamic",
         max_new_tokens=max_new_tokens,
         eos_token_id=list(end_ids),
         pad_token_id=end_ids[0],

@@ -22,6 +22,7 @@ from graftlm.processor import ComposedDataCollator
 from graftlm.reproduce.encoding import Features, donors_of, feature, pad, shown, wrong_feature
 from graftlm.reproduce.example import Example
 from graftlm.reproduce.experiment import Composition, Experiment, Models
+from graftlm.reproduce.few_shot import sees_all
 from graftlm.reproduce.hardware import has_bf16
 from graftlm.reproduce.systems import System
 
@@ -39,6 +40,7 @@ class Runner:
         encode: Tokens and labels of some examples; the label of the last token is the end.
         collate: Pads them into a batch.
         bf16: Whether to run with autocast.
+        shares: Whether all prompts of a group begin with the same examples, to be read once.
     """
 
     model: Any
@@ -46,6 +48,7 @@ class Runner:
     encode: Encode
     collate: Collate
     bf16: bool
+    shares: bool = False
 
 
 def make_runner(
@@ -128,7 +131,7 @@ def showing(runner: Runner, shots: Mapping[str, Sequence[Example]]) -> Runner:
             for example in examples
         ]
 
-    return replace(runner, encode=encode)
+    return replace(runner, encode=encode, shares=bool(shots) and sees_all(runner.model))
 
 
 def composed(experiment: Experiment, models: Models, system: System, device: str) -> Runner:
