@@ -105,6 +105,34 @@ def test_prefix_shows_the_tokens_of_the_text_so_far(text: str, later: str) -> No
         seen = row.ids[: row.visible[column]] + branch
         assert seen[len(reader.stable.prefix_ids) :] == whole(spelled)
         assert row.num_seen[column] == len(seen)
+        if branch:  # it is not what the text goes on with, which is run once
+            first = row.branches.index(row.branch[column])
+            settled = list(zip(row.ids, row.ends, strict=True))[: row.branches.count(0)]
+            there = settled[row.visible[column] : row.visible[column] + 1]
+            assert (row.ids[first], row.ends[first]) not in there
+
+
+def test_tokens_that_stay_as_they_are_are_run_once() -> None:
+    """Only a half word, and the last one, which no text has settled, have branches."""
+    anchor, other = byte_tokenizer(), word_tokenizer()
+    ids = anchor("The fox and the dog", add_special_tokens=False)["input_ids"]
+    row = read_row(TextReader(anchor, other, "prefix"), None, ids, [True] * len(ids))
+    assert anchor.convert_ids_to_tokens(ids) == [
+        "The",
+        "Ġf",
+        "o",
+        "x",
+        "Ġa",
+        "n",
+        "d",
+        "Ġthe",
+        "Ġdog",
+    ]
+    read = ["<s>", "▁The", "▁fox", "▁and", "▁the", "▁f", "▁f", "o", "▁a", "▁a", "n", "▁dog"]
+    assert other.convert_ids_to_tokens(row.ids) == read
+    assert row.branches == [0, 0, 0, 0, 0, 1, 2, 2, 3, 4, 4, 5]
+    assert row.visible == [2, 2, 2, 3, 3, 3, 4, 5, 5]
+    assert row.branch == [0, 1, 2, 0, 3, 4, 0, 0, 5]
 
 
 def test_tokens_that_are_not_read_show_nothing_new() -> None:

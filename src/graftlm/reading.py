@@ -9,7 +9,7 @@ same. It never changes: beams and rollbacks share readings.
 
 import itertools
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -286,12 +286,14 @@ class RowPass:
 
     Args:
         ids: Augmenting tokens to run in this pass: settled ones, then those of each branch. A
-            branch is how the text up to one anchor token ends if nothing follows.
+            branch is how the text up to one anchor token ends if nothing follows, as far as that
+            differs from how it goes on.
         ranks: The number of each in its line of text, from the row's first token on.
         ends: Where each ends in the text, in characters.
         branches: 0 for settled tokens, else the number of the branch.
         bases: How many settled tokens stand before each in its line.
-        visible: For each anchor token, how many settled tokens it may see.
+        visible: For each anchor token, how many tokens it may see of those that are settled in
+            the end: its own text's, so that nothing of the future is seen.
         branch: The branch each anchor token sees too, or 0.
         chars: For each anchor token, how many characters the tokens up to it spell.
         num_seen: For each anchor token, how many tokens it sees in all.
@@ -355,25 +357,41 @@ def read_row(
         reading=reading,
     )
     if reader.alignment == "prefix":
-        add_branches(made, reader, readings)
+        add_branches(made, reader, readings, first_rank)
     return made
 
 
-def add_branches(row: RowPass, reader: Reader, readings: list[Reading]) -> None:
-    """Let each anchor token see how the text up to it would end."""
-    number, length, before = 0, 0, None
+def add_branches(row: RowPass, reader: Reader, readings: list[Reading], first_rank: int) -> None:
+    """Let each anchor token see how the text up to it would end.
+
+    Tokens that later text leaves as they are get no branch: the settled ones are the same, with
+    the same tokens before them, and are run once.
+    """
+    settled = list(zip(row.ids, row.ends, strict=True))
+    number, before = 0, None
+    same, branch, length = 0, 0, 0
     for column, reading in enumerate(readings):
         # Columns that add no text see what the column before sees.
         if before is None or (reading.tail, reading.num_tokens) != before:
-            unsettled = reader.unsettled(reading)
             before = reading.tail, reading.num_tokens
-            number += 1
-            for k, (index, end) in enumerate(unsettled):
+            unsettled = reader.unsettled(reading)
+            length = len(unsettled)
+            start = reading.num_tokens - first_rank
+            same = num_equal(unsettled, settled[start : start + length])
+            number += same < length
+            branch = number if same < length else 0
+            for k, (index, end) in enumerate(unsettled[same:], start=same):
                 row.ids.append(index)
                 row.ranks.append(reading.num_tokens + k)
                 row.ends.append(end)
-                row.branches.append(number)
-                row.bases.append(reading.num_tokens)
-            length = len(unsettled)
-        row.branch[column] = number
+                row.branches.append(branch)
+                row.bases.append(reading.num_tokens + same)
+        row.visible[column] = reading.num_tokens + same
+        row.branch[column] = branch
         row.num_seen[column] = reading.num_tokens + length
+
+
+def num_equal(first: Sequence[object], second: Sequence[object]) -> int:
+    """How many two sequences have in common at their beginning."""
+    pairs = zip(first, second, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
