@@ -1,7 +1,10 @@
 """Generated programs can compute, and little else; only reaching the last line is passing."""
 
 import os
+import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -49,6 +52,31 @@ def test_dataclasses_find_their_module_and_main_blocks_do_not_run():
 def test_programs_run_side_by_side_and_answer_in_order():
     found = run_programs([f"assert {k} % 3" for k in range(7)], workers=3)
     assert [outcome.passed for outcome in found] == [k % 3 != 0 for k in range(7)]
+
+
+def wait_for(found: Callable[[], object]) -> None:
+    """Until something is so, or a test has failed."""
+    for _ in range(300):
+        if found():
+            return
+        time.sleep(0.1)
+    pytest.fail("it did not come to be within 30 seconds")
+
+
+@pytest.mark.skipif("seccomp" not in guards(), reason="a child that is held in is known by seccomp")
+def test_a_program_ends_with_the_process_that_runs_it():
+    """Nobody would count its seconds any more."""
+    program = "import time\nwhile True: time.sleep(1)"
+    code = (
+        f"from graftlm.reproduce.sandbox import run_program; run_program({program!r}, seconds=99)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code]) as running:
+        children = Path(f"/proc/{running.pid}/task/{running.pid}/children")
+        wait_for(lambda: children.read_text())
+        status = Path(f"/proc/{children.read_text().split()[0]}/status")
+        wait_for(lambda: "Seccomp:\t2" in status.read_text())
+        running.kill()
+    wait_for(lambda: not status.exists() or "State:\tZ" in status.read_text())
 
 
 def test_a_failed_test_says_why():

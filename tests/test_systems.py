@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 
 import tiny_experiment
+from families import tiny
 from graftlm.greedy import GREEDY
 from graftlm.reproduce import (
     answering,
     domain,
     encoding,
-    few_shot,
     fitting,
     jobs,
     kept,
@@ -191,8 +192,10 @@ def test_examples_in_the_prompt_are_read_once(
     """A batch says the same, and what its rows begin with is one row's work."""
     made = make(experiment, models, name)
     assert made.shares
+    for weight in made.model.parameters():
+        weight.data *= 8 if weight.dim() > 1 else 1  # what is said depends on what was read
     some = [replace(one, source="x" * k + one.source) for k, one in enumerate(examples(number=5))]
-    test = Test(metrics=(), most_tokens=6)
+    test = Test(metrics=(), most_tokens=20)
     found = {}
     for shares in (True, False):
         read: list[int] = []
@@ -214,16 +217,17 @@ def test_examples_in_the_prompt_are_read_once(
     assert shots > 20
 
 
-def test_only_full_attention_can_skip_padding(experiment: Experiment, models: Models) -> None:
-    """A window counts the padding between shared tokens and the rest."""
-    model = make(experiment, models, "anchor").model
-    assert few_shot.sees_all(model)
-    model.config.layer_types = ["full_attention", "sliding_attention"]
-    assert not few_shot.sees_all(model)
+@pytest.mark.parametrize(
+    ("kind", "shares"), [("llama", True), ("mistral", False), ("gpt2", False), ("mpt", False)]
+)
+def test_prompts_are_shared_only_where_padding_can_be_skipped(
+    experiment: Experiment, models: Models, kind: str, shares: bool
+) -> None:
+    """A window counts the padding between the shared tokens and the rest, as some models do."""
+    made = replace(make(experiment, models, "anchor"), model=tiny(kind))
     shots = experiment.data(0).shots
-    assert not runner.showing(make(experiment, models, "composed"), {}).shares
-    plain = replace(make(experiment, models, "anchor"), model=model)
-    assert not runner.showing(plain, shots).shares
+    assert runner.showing(made, shots).shares == shares
+    assert not runner.showing(made, {}).shares
 
 
 def test_an_answer_ends_where_nothing_more_is_needed(
@@ -310,10 +314,42 @@ def test_lora_has_about_as_many_weights_and_starts_alike(
     assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
 
 
-def test_full_fine_tuning_trains_all_weights_in_full_precision(
-    experiment: Experiment, models: Models
+@pytest.mark.parametrize("fast", [True, False])
+def test_bfloat16_is_computed_in_where_it_is_fast(
+    experiment: Experiment, models: Models, monkeypatch: pytest.MonkeyPatch, fast: bool
 ) -> None:
+    monkeypatch.setattr(runner, "has_bf16", lambda device: fast)
+    settings = replace(experiment.training, bf16=True)
+    made = make(replace(experiment, in_bf16=True, training=settings), models, "lora")
+    frozen = {p.dtype for p in made.model.parameters() if not p.requires_grad}
+    assert frozen == {torch.bfloat16 if fast else torch.float32}
+    used: list[bool] = []
+    loss = fitting.target_loss
+
+    def noted(model: Any, batch: Any, *, bf16: bool) -> Any:
+        used.append(bf16)
+        return loss(model, batch, bf16=bf16)
+
+    monkeypatch.setattr(fitting, "target_loss", noted)
+    fitting.fit(
+        made,
+        made.encode(examples()),
+        settings,
+        learning_rate=1e-3,
+        seed=0,
+        title="",
+        console=Console(quiet=True),
+        device="cpu",
+    )
+    assert {made.bf16, *used} == {fast}
+
+
+def test_full_fine_tuning_trains_all_weights_in_full_precision(
+    experiment: Experiment, models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "has_bf16", lambda device: True)
     in_bf16 = replace(experiment, in_bf16=True)
+    assert make(in_bf16, models, "anchor").model.dtype == torch.bfloat16
     model = make(in_bf16, models, "full").model
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}
     assert all(weight.requires_grad for weight in model.parameters())

@@ -38,10 +38,11 @@ class AugmentingTokens(TypedDict):
         ranks: (batch, aug_seq), the token's number in its row, from 0; -1 for padding.
         ends: (batch, aug_seq), where the token ends in the text, in characters.
         branches: (batch, aug_seq), 0 for settled tokens, else the number of the branch.
-        bases: (batch, aug_seq), how many settled tokens stand before the token in its line.
+        bases: (batch, aug_seq), how many tokens of branch 0 stand before the token in its line.
         starts: (batch, aug_seq), the rank of the first token of its document.
         position_ids: (batch, aug_seq), the token's number in its document.
-        visible: (batch, seq), how many settled tokens of its row an anchor token sees.
+        visible: (batch, seq), how many tokens of branch 0 an anchor token sees of its row: those
+            of the text up to it, whether settled there or left as they are by what follows.
         hidden: (batch, seq), how many of these it does not see, being of earlier documents.
         branch: (batch, seq), the branch an anchor token sees besides, or 0.
         num_seen: (batch, seq), how many tokens it sees with those of the branch.

@@ -186,7 +186,9 @@ def made_for(model: "ComposedForCausalLM", examples: Any, dtype: str) -> dict[st
     facts |= {role_of(name): hash_of(facts_of(base)) for name, base in bases.items()}
     facts["the connected layers"] = connected_layers(model.model)
     facts["what is read"] = model.config.reads
-    facts["the alignment"] = dict(model.config.alignments)
+    # "prefix" ran more tokens once, so that older states would not fit.
+    rules = model.config.alignments
+    facts["the alignment"] = {n: "prefix, once" if r == "prefix" else r for n, r in rules.items()}
     facts["the tokenizers"] = hash_of(facts_of_tokenizers(model))
     facts["the precision"] = [dtype, autocast_dtype(model.device)]
     return json.loads(json.dumps(facts))

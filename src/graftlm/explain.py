@@ -236,7 +236,7 @@ class Read:
         ids, texts: The tokens, and the text each adds; settled ones first.
         branches: As in `AugmentingTokens`.
         kept: Which keys of the pass they are; the others are holes.
-        visible: For each anchor token, how many settled tokens it sees.
+        visible: For each anchor token, how many tokens of branch 0 it sees.
         branch: For each anchor token, the branch it sees besides, or 0.
         spellings: Before the first settled token and after each.
     """

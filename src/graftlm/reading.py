@@ -291,7 +291,7 @@ class RowPass:
         ranks: The number of each in its line of text, from the row's first token on.
         ends: Where each ends in the text, in characters.
         branches: 0 for settled tokens, else the number of the branch.
-        bases: How many settled tokens stand before each in its line.
+        bases: How many tokens of branch 0 stand before each in its line.
         visible: For each anchor token, how many tokens it may see of those that are settled in
             the end: its own text's, so that nothing of the future is seen.
         branch: The branch each anchor token sees too, or 0.

@@ -26,7 +26,7 @@ class Cost:
         peak_bytes: Most memory held in training, or in answering if nothing trains: of the process,
             or on the GPU; None where the system does not tell.
         generated_per_second: Tokens, all batches of the tests together; None if none was.
-        machine: What it ran on.
+        machine: What it ran on, and in which precision.
     """
 
     weights: int
@@ -94,5 +94,5 @@ class Meter:
             training_seconds=self.seconds if padded else 0.0,
             peak_bytes=self.peak,
             generated_per_second=generated_per_second,
-            machine=machine(self.device),
+            machine=machine(self.device, bf16=runner.bf16),
         )

@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from graftlm import decoder
 from graftlm.reproduce.encoding import IGNORED, pad
 
 
-def sees_all(model: PreTrainedModel) -> bool:
-    """Whether each layer's memory is of all tokens, wherever padding stands between them."""
-    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
-    return all(kind == "full_attention" for kind in kinds)
+def can_share(model: PreTrainedModel) -> bool:
+    """Whether padding may stand between the shared tokens and the rest: no layer counts slots."""
+    layers = DynamicCache(config=model.config).layers
+    return decoder.skips_holes(model) and {type(layer) for layer in layers} == {DynamicLayer}
 
 
 @torch.no_grad()

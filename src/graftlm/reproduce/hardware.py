@@ -25,12 +25,13 @@ def hardware(device: str, jobs: int) -> dict[str, Any]:
     }
 
 
-def machine(device: str) -> str:
-    """What times were measured on, in short."""
+def machine(device: str, *, bf16: bool) -> str:
+    """What was computed where, in short."""
+    computed = "bfloat16" if bf16 else "float32"
     if device.startswith("cuda"):
-        return torch.cuda.get_device_name()
+        return f"{torch.cuda.get_device_name()}, {computed}"
     threads = torch.get_num_threads()
-    return f"{cpu_model()}, {threads} {'thread' if threads == 1 else 'threads'}"
+    return f"{cpu_model()}, {threads} {'thread' if threads == 1 else 'threads'}, {computed}"
 
 
 def has_bf16(device: str) -> bool:

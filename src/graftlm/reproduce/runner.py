@@ -22,7 +22,7 @@ from graftlm.processor import ComposedDataCollator
 from graftlm.reproduce.encoding import Features, donors_of, feature, pad, shown, wrong_feature
 from graftlm.reproduce.example import Example
 from graftlm.reproduce.experiment import Composition, Experiment, Models
-from graftlm.reproduce.few_shot import sees_all
+from graftlm.reproduce.few_shot import can_share
 from graftlm.reproduce.hardware import has_bf16
 from graftlm.reproduce.systems import System
 
@@ -131,7 +131,7 @@ def showing(runner: Runner, shots: Mapping[str, Sequence[Example]]) -> Runner:
             for example in examples
         ]
 
-    return replace(runner, encode=encode, shares=bool(shots) and sees_all(runner.model))
+    return replace(runner, encode=encode, shares=bool(shots) and can_share(runner.model))
 
 
 def composed(experiment: Experiment, models: Models, system: System, device: str) -> Runner:

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import resource
+import signal
 import sys
 import sysconfig
 import types
@@ -20,7 +21,7 @@ READ, READ_FOLDER = 1 << 2, 1 << 3  # landlock's names: READ_FILE, READ_DIR
 IN_FOLDER = 1 << 1 | READ | READ_FOLDER | 1 << 5 | 1 << 8 | 1 << 14
 RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}  # how many rights each version of landlock knows
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
-NO_NEW_PRIVILEGES, SECCOMP, FILTER = 38, 22, 2  # of prctl
+NO_NEW_PRIVILEGES, SECCOMP, FILTER, SIGNAL_WITH_PARENT = 38, 22, 2, 1  # of prctl
 CAPABILITY_VERSION = 0x20080522
 # By machine: the mark of its calls, and their numbers. No new processes or threads, no network,
 # no signals to others, no change of limits, of owners or of permissions, nothing that stays.
@@ -129,6 +130,7 @@ def give_up_rights(limits: dict[str, int]) -> list[str]:
         libc.prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0)
         header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0)
         libc.capset(header, (ctypes.c_uint32 * 6)())  # none, also for root
+        libc.prctl(SIGNAL_WITH_PARENT, signal.SIGKILL, 0, 0, 0)  # who counts the seconds
         held += ["landlock"] if restrict_files(libc) else []
         held += ["seccomp"] if restrict_calls(libc) else []
     watch(os.getcwd())
