@@ -510,6 +510,18 @@ def test_a_tokenizer_is_trained_once(tmp_path, monkeypatch) -> None:
     assert tokenizer_of(folder)(LINES)["input_ids"] == first(LINES)["input_ids"]
 
 
+def test_few_texts_are_not_read_too_often(tmp_path: Path) -> None:
+    """A model that knew its 17,000 tokens of Xhosa by heart knew no other."""
+    settings = replace(SETTINGS, most_passes=3)
+    assert settings.steps(num_rows=100) == SETTINGS.steps(num_rows=100) == 10
+    assert settings.steps(num_rows=12) == 3 * 12 // 4
+    assert settings.steps(num_rows=1) == 1
+    folder = train(tmp_path, settings=replace(SETTINGS, most_passes=1))
+    record = json.loads((folder / "language_model.json").read_text(encoding="utf-8"))
+    assert 0.5 < record["passes over them"] <= 1
+    assert record["losses"][-1][0] < 10
+
+
 def test_texts_are_packed_whole() -> None:
     tokenizer = train_tokenizer(LINES, 300)
     rows = pack(["Wodala", "man"], tokenizer, 3)
