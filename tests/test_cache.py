@@ -109,7 +109,8 @@ def test_cropping_is_never_having_read(model):
     cache.crop(-3)
     assert {layer.get_seq_length() for layer in cache.layers} == {5}
     expected = after(model, filled(model, ids[:, :5]), ids[:, 5:])
-    assert torch.equal(after(model, cache, ids[:, 5:]), expected)
+    # Products of 8 and of 5 rows may be rounded differently: they are on CPUs without AVX512.
+    assert_close(after(model, cache, ids[:, 5:]), expected, atol=5e-6, rtol=1e-5)
 
 
 def test_cropping_leaves_a_prompt_alone():
