@@ -234,6 +234,18 @@ def test_a_trainer_keeps_to_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (args._n_gpu, args.max_steps) == (1, 3)
 
 
+def test_a_gpu_answers_more_at_a_time_unless_their_length_depends_on_it(
+    experiment: Experiment, tmp_path: Path
+) -> None:
+    models = Models(anchor=tmp_path, augmenting={})
+    study = kept.Study(experiment=experiment, models=models, folder=tmp_path, device="cuda:0")
+    limited, unlimited = Test(metrics=(), most_tokens=20), Test(metrics=())
+    size = experiment.answer_batch
+    assert jobs.answer_batch(study, limited) == 8 * size
+    assert jobs.answer_batch(study, unlimited) == size
+    assert jobs.answer_batch(replace(study, device="cpu"), limited) == size
+
+
 def test_a_machine_slow_in_bfloat16_computes_in_float32(
     experiment: Experiment, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,6 +38,8 @@ from graftlm.reproduce.metrics import Answer
 from graftlm.reproduce.runner import Runner, make_runner, misread, showing
 from graftlm.reproduce.systems import SAME_TRAINING, System
 
+GPU_BATCHES = 8  # of those that a CPU answers at a time
+
 
 def jobs_of(experiment: Experiment, systems: Sequence[tuple[str, int]]) -> list[Job]:
     """All jobs of a run, seed by seed, so that a stopped run has whole seeds.
@@ -315,8 +317,7 @@ def answer(
     generated: Generated,
 ) -> list[Answer]:
     """A system's answers; those of the pipeline begin with what the augmenting model said."""
-    experiment = study.experiment
-    asking = partial(ask, test=test, batch_size=experiment.answer_batch, generated=generated)
+    asking = partial(ask, test=test, batch_size=answer_batch(study, test), generated=generated)
     if system.alone != "pipeline" or not all(example.source for example in examples):
         return asking(runner, examples, run_code=study.run_code)
     spoken = Generated()
@@ -330,6 +331,15 @@ def answer(
     if any(metric.needs == "tests" for metric in test.metrics):
         answers = judged(examples, answers, study.run_code)
     return answers
+
+
+def answer_batch(study: Study, test: Test) -> int:
+    """How many examples are answered at a time: more on a GPU, which few leave idle.
+
+    Unless how long an answer may be depends on the others of its batch: it stays what it is.
+    """
+    wide = study.device.startswith("cuda") and test.most_tokens is not None
+    return study.experiment.answer_batch * (GPU_BATCHES if wide else 1)
 
 
 def speaker_of(study: Study) -> Runner:
@@ -378,7 +388,7 @@ def through_text(
     asks = experiment.asks or (lambda example: example)
     questions = [asks(example) for example in examples]
     whole = replace(test, needs_no_more=None)  # what is said is read, not run
-    said = say(showing(speaker, shots), questions, whole, experiment.answer_batch, generated)
+    said = say(showing(speaker, shots), questions, whole, answer_batch(study, test), generated)
     return [
         experiment.pipeline(example, text)
         for example, (text, _) in zip(examples, said, strict=True)
