@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from graftlm import compose
 from graftlm.reproduce import (
     language_model,
+    low_resource,
     low_resource_data,
     low_resource_models,
     low_resource_sources,
@@ -33,6 +34,7 @@ from graftlm.reproduce import (
 )
 from graftlm.reproduce.example import Data, Example
 from graftlm.reproduce.language_model import (
+    PRESETS,
     LanguageModelSettings,
     bits_per_byte,
     cut,
@@ -626,6 +628,20 @@ def test_a_model_goes_on_with_other_texts(trained, tmp_path) -> None:
     words = "tokenizer is given beside start_from, but a model keeps its own; leave one of them out"
     with pytest.raises(ValueError, match=words):
         train(tmp_path, start_from=trained, tokenizer=one)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_reads_layers_that_its_model_has(preset, monkeypatch) -> None:
+    """Up to the last one, and its ablations too."""
+    monkeypatch.setattr(low_resource, "load_tests", lambda language: ["verses"])
+    experiment = low_resource.experiment(preset)
+    read = [i for i, _ in experiment.composition.connections]
+    layers = PRESETS[preset].num_layers
+    assert len(read) == 8
+    assert max(read) == layers - 1
+    assert min(read) == layers // 2 - 1
+    for system in experiment.ablations.values():
+        assert all(i < layers for i, _ in system.composition.get("connections", ()))
 
 
 def test_it_composes_with_an_anchor_of_other_tokens(trained, tmp_path) -> None:

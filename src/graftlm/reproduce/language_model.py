@@ -93,7 +93,6 @@ PRESETS = {
         vocabulary=1024,
         size=64,
         intermediate_size=176,
-        num_layers=4,
         tokens=40_000,
         row_length=128,
         num_texts=60,

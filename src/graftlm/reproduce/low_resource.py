@@ -12,6 +12,7 @@ from pathlib import Path
 from graftlm.reproduce.domain import shuffled_pieces
 from graftlm.reproduce.example import Data, Example
 from graftlm.reproduce.experiment import Composition, Experiment, Goal, Models, Test, Training
+from graftlm.reproduce.language_model import PRESETS
 from graftlm.reproduce.low_resource_data import load_data
 from graftlm.reproduce.low_resource_models import train_parents
 from graftlm.reproduce.metrics import BITS_PER_BYTE, CHRF, PERPLEXITY
@@ -86,7 +87,7 @@ def experiment(
         models=partial(models, language=language, preset=preset),
         data=data_of,
         tests=tests | {"before": Test(metrics=(PERPLEXITY,), paper="English news.")},
-        composition=COMPOSITION,
+        composition=replace(COMPOSITION, connections=connections(PRESETS[preset].num_layers)),
         training=replace(TRAINING, examples=examples or seen, domain_examples=seen),
         systems=dict(SYSTEMS),
         ablations=ABLATIONS,
@@ -107,6 +108,12 @@ def experiment(
         in_bf16=True,
         changes={"preset": preset, "language": language},
     )
+
+
+def connections(num_layers: int) -> tuple[tuple[int, int], ...]:
+    """Those of a small augmenting model, at the same relative heights of one with more layers."""
+    small = PRESETS["small"].num_layers
+    return tuple((round((i + 1) / small * num_layers) - 1, j) for i, j in COMPOSITION.connections)
 
 
 def load_tests(language: str) -> list[str]:
