@@ -34,6 +34,7 @@ from graftlm.reproduce import (
     runner,
     translate,
 )
+from graftlm.reproduce.example import Data
 from graftlm.reproduce.experiment import Experiment, Models, Test
 from graftlm.reproduce.systems import SYSTEMS
 
@@ -101,9 +102,9 @@ def test_a_stopped_experiment_goes_on(
     ran: list[str] = []
     run_job = jobs.run_job
 
-    def spy(study: Any, job: Any, path: Any, console: Any) -> Any:
+    def spy(study: Any, job: Any, *others: Any) -> Any:
         ran.append(job.name)
-        return run_job(study, job, path, console)
+        return run_job(study, job, *others)
 
     monkeypatch.setattr(jobs, "run_job", spy)
     again = run.run(experiment, **asked)
@@ -119,6 +120,21 @@ def test_a_stopped_experiment_goes_on(
     changed = replace(experiment.composition, num_heads=2)
     run.run(replace(experiment, composition=changed), **asked)
     assert sorted(ran[1:]) == ["anchor", "composed", "lora"]  # the anchor once, not for each seed
+
+
+def drawn_here(seed: int) -> Data:
+    """The examples of an experiment, which takes minutes to draw: not in processes of jobs."""
+    assert multiprocessing.parent_process() is None
+    return tiny_experiment.data(seed)
+
+
+def test_processes_are_handed_their_data(tmp_path: Path, experiment: Experiment) -> None:
+    systems = [("composed", 1), ("anchor", 1)]
+    drawn = replace(experiment, data=drawn_here)
+    found = run.run(
+        drawn, systems=systems, output=tmp_path, jobs=2, device="cpu", console=QUIET, plots=False
+    )
+    assert list(found["systems"]) == ["composed", "anchor"]
 
 
 def test_an_outcome_is_kept_under_what_it_depends_on(

@@ -92,12 +92,17 @@ def data_hashes(experiment: Experiment, jobs: Sequence[Job]) -> dict[Job, str]:
         system = experiment.system(job.name)
         key = hash_of([job.seed, system.data, bool(system.trains)])
         if key not in known:
-            data = experiment.data(job.seed, **system.data)
+            data = data_of(experiment, job)
             if not system.trains:
                 data = replace(data, composition=(), domain=(), development=(), notes={})
             known[key] = hash_of(asdict(data))
         found[job] = known[key]
     return found
+
+
+def data_of(experiment: Experiment, job: Job) -> Data:
+    """The examples of a job."""
+    return experiment.data(job.seed, **experiment.system(job.name).data)
 
 
 def made(
@@ -110,7 +115,8 @@ def made(
     """Run what is not kept, one by one or in several processes."""
     if processes == 1:
         for path in paths:
-            yield path, run_job(study, wanted[path][0], path, console)
+            job = wanted[path][0]
+            yield path, run_job(study, job, data_of(study.experiment, job), path, console)
         return
     threads = max(1, torch.get_num_threads() // processes)
     context = multiprocessing.get_context("spawn")
@@ -125,7 +131,12 @@ def made(
         initializer=prepare_process,
         initargs=(threads, free if gpus else None),
     ) as pool:
-        futures = {pool.submit(run_alone, study, wanted[path][0], path): path for path in paths}
+        jobs = {path: wanted[path][0] for path in paths}
+        # To draw the data takes minutes in some experiments: it is done here, not in each process.
+        futures = {
+            pool.submit(run_alone, study, job, data_of(study.experiment, job), path): path
+            for path, job in jobs.items()
+        }
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()
@@ -166,16 +177,15 @@ def end_with_parent() -> None:
     os._exit(1)
 
 
-def run_alone(study: Study, job: Job, path: Path) -> Outcome:
+def run_alone(study: Study, job: Job, data: Data, path: Path) -> Outcome:
     """A job in a process of its own."""
-    return run_job(study, job, path, Console(quiet=True))
+    return run_job(study, job, data, path, Console(quiet=True))
 
 
-def run_job(study: Study, job: Job, path: Path, console: Console) -> Outcome:
+def run_job(study: Study, job: Job, data: Data, path: Path, console: Console) -> Outcome:
     """Train and score a fresh system, and keep the outcome in a file."""
     experiment = study.experiment
     system = experiment.system(job.name)
-    data = experiment.data(job.seed, **system.data)
     watched = cost.Meter(study.device)
     shots = data.shots if system.trains is None else {}
     if system.alone == "pipeline":
