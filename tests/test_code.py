@@ -276,6 +276,8 @@ def test_packages_are_held_out_whole(folder, cache):
     )
     again = load_data(num_tests=2, num_shots=1, folders={"here": folder}, cache=cache)
     assert again == data
+    few = load_data(num_tests=1, num_shots=1, folders={"here": folder}, cache=cache)
+    assert few.retention["text"] == data.retention["text"][:1]
 
 
 def test_plain_english_is_in_the_composition_and_not_in_the_test(folder, cache, monkeypatch):

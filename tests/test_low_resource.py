@@ -362,6 +362,8 @@ def test_the_examples_of_chichewa(shelf) -> None:
     assert (len(aligned), len(data.composition)) == (20, 24)
     assert len(data.shots["Chichewa"]) == 5
     assert len(data.retention["text"]) == 60
+    few = load_data(folder=shelf, num_composition=20, num_tests=2)
+    assert few.retention["text"] == data.retention["text"][:2]  # --preset quick is to be quick
     assert all(900 < len(text.target) <= 1000 for text in data.retention["text"])
     assert list(data.tests) == ["held-out books", "interface (Kolibri)", "declaration (UDHR)"]
     assert len(data.development) == 8

@@ -57,7 +57,7 @@ def load_data(
     """Functions of installed packages, HumanEval, CodeI/O, source text and English news.
 
     Args:
-        num_tests: Test examples of each group; of HumanEval all 164 whatever it is.
+        num_tests: Test examples of each group, and English texts; of HumanEval all 164 always.
         num_shots: Examples in a few-shot prompt.
         domain_chars: Characters of source text at most, the same share of each package.
         folders: Where packages are; by default the standard library's folder and the
@@ -93,7 +93,7 @@ def load_data(
         ],
         shots={group: few_shots(pools["training"][group], num_shots) for group in GROUPS},
         domain=[plain(text) for text in kept],
-        retention={"text": english[:NUM_RETENTION]},
+        retention={"text": english[:NUM_RETENTION][:num_tests]},
     )
     dropped = {name: num_functions(splits[name]) - len(functions[name]) for name in splits}
     notes = {

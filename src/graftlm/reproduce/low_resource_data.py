@@ -103,7 +103,7 @@ def load_data(
 
     Args:
         language: chichewa, guarani or xhosa.
-        num_tests: Pairs of each test at most, drawn once and for all.
+        num_tests: Pairs of each test at most, drawn once and for all; and of the English texts.
         num_composition: Pairs in D_C, drawn once and for all; a larger D_C holds a smaller one.
             By default 1,500 of Chichewa, 400 of Guarani, 100 of Xhosa.
         folder: Where the packages are, or are put.
@@ -122,6 +122,7 @@ def load_data(
     usable = pairs_of(material.name, material.training)
     composition = draw_composition(usable, material, num_composition)
     tests, dropped = draw_tests(material, num_tests)
+    english = news(folder)[:NUM_RETENTION]
     tests["declaration (UDHR)"] = declaration(material, folder)
     return Data(
         composition=with_replay(composition, *plain_english(material, folder)),
@@ -129,7 +130,7 @@ def load_data(
         development=draw(pairs_of(material.name, material.development), NUM_DEVELOPMENT),
         shots={material.name: few_shots(composition)},
         domain=[plain(text) for text in foreign_documents(material)],
-        retention={"text": [plain(short(text)) for text in news(folder)[:NUM_RETENTION]]},
+        retention={"text": [plain(short(text)) for text in english[:num_tests]]},
         notes=notes(material, composition, len(usable), tests, dropped),
     )
 
