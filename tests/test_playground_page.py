@@ -1,5 +1,6 @@
 """The playground's page, in a browser."""
 
+import asyncio
 import gc
 import os
 import re
@@ -31,8 +32,22 @@ in_browser = [
     # Gradio's own statistics, in its own thread.
     pytest.mark.filterwarnings("ignore:'future.no_silent_downcasting' is deprecated"),
     pytest.mark.filterwarnings("ignore:The copy keyword is deprecated"),
+    # Gradio leaves event loops behind, each with two sockets, whenever it builds a page.
+    pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),
     pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed; run make browser"),
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """What Gradio leaves is collected here; other tests would have to answer for it."""
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        asyncio.set_event_loop(None)
+        gc.collect()
+
+
 NO_NETWORK = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync"
@@ -61,10 +76,6 @@ def serving(playground: Playground, title: str) -> Iterator[str]:
     port = free_port("127.0.0.1", range(first, first + 100))
     with serve(Page(playground, title), "127.0.0.1", port) as address:
         yield address
-    with warnings.catch_warnings():
-        # Gradio leaves sockets behind, for which other tests would have to answer.
-        warnings.simplefilter("ignore", ResourceWarning)
-        gc.collect()
 
 
 @pytest.fixture(scope="module")
