@@ -34,4 +34,11 @@ logging.getLogger("transformers").addHandler(NoDeprecation(logging.WARNING))
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     """Every test draws the same random numbers, whatever ran before it."""
-    torch.manual_seed(0)
+    # Not for every device: torch.manual_seed would note where it was called for each.
+    torch.default_generator.manual_seed(0)
+
+
+@pytest.fixture
+def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draws no curves.png: that takes longer than a tiny run."""
+    monkeypatch.setattr("graftlm.curves.draw_curves", lambda log, path: None)

@@ -193,7 +193,7 @@ def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
 
 def tiny(family: str, seed: int = 0, **changes: Any) -> Any:
     """A causal language model of that configuration, the same for the same seed."""
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     return AutoModelForCausalLM.from_config(tiny_config(family, **changes)).eval()
 
 

@@ -8,8 +8,6 @@ import pytest
 
 import graftlm
 
-slow = pytest.mark.slow
-
 
 def run(code: str) -> str:
     """What a fresh interpreter prints."""
@@ -39,14 +37,15 @@ def test_importing_loads_no_model_code():
     assert run(f"import sys, graftlm; print(sorted({heavy} & set(sys.modules)))") == "[]"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "imports",
     [
         "import graftlm, transformers",
         "import transformers, graftlm",
-        pytest.param("import graftlm; from transformers import AutoConfig", marks=slow),
-        pytest.param("from transformers import AutoModelForCausalLM; import graftlm", marks=slow),
-        pytest.param("import graftlm; import transformers.models.auto.modeling_auto", marks=slow),
+        "import graftlm; from transformers import AutoConfig",
+        "from transformers import AutoModelForCausalLM; import graftlm",
+        "import graftlm; import transformers.models.auto.modeling_auto",
     ],
 )
 def test_auto_classes_know_composed_models_whichever_is_imported_first(imports):

@@ -487,6 +487,7 @@ def test_titles_wider_than_a_small_heatmap_leave_it_whole(figures: list[Any]) ->
     assert_all_is_inside(figures)
 
 
+@pytest.mark.slow
 def test_a_long_texts_labels_have_numbers(figures: list[Any]) -> None:
     """Only some had a label, which looked as if those were all."""
     tokens: list[str] = ["<", "a", "b", "c", "d", ">", "+"] * 80

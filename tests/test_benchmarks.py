@@ -61,7 +61,7 @@ def test_the_floor_runs_the_augmenting_model_without_what_is_not_read():
     )
 
 
-@pytest.mark.parametrize("size", ["tiny", "small"])
+@pytest.mark.parametrize("size", ["tiny", pytest.param("small", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("connections", ["paper", "middle"])
 @pytest.mark.parametrize("narrow", [False, True])
 def test_lora_trains_as_many_parameters_as_the_bridges(size, connections, narrow):

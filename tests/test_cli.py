@@ -220,6 +220,7 @@ def test_every_option_is_used_in_a_test() -> None:
 # ---- plan --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_plan_needs_configurations_only(
     models: tuple[str, str], tmp_path: Path, output: Output
 ) -> None:

@@ -605,7 +605,13 @@ def test_full_precision_bridges_train_on_half_precision_models():
 @pytest.mark.parametrize("variant", ["paper", "graftlm"])
 @pytest.mark.parametrize("shape", [{}, {"num_heads": 1, "width": 6}, {"num_heads": 3, "width": 42}])
 @pytest.mark.parametrize(
-    "extra", [{}, {"gate": True}, {"bias": True}, {"gate": True, "bias": True}]
+    "extra",
+    [
+        {},
+        {"gate": True, "bias": True},
+        pytest.param({"gate": True}, marks=pytest.mark.slow),
+        pytest.param({"bias": True}, marks=pytest.mark.slow),
+    ],
 )
 def test_every_bridge_starts_as_nothing_trains_whole_and_is_cached_exactly(
     position, variant, shape, extra

@@ -168,8 +168,9 @@ def test_pipeline_generates_what_generate_does():
 # ---- torch.compile -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("position", ["none", "distance", "rotary"])
-@pytest.mark.parametrize("padded", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("padded", [False, True])
 def test_a_compiled_forward_is_the_eager_one(position, padded):
     model = open_bridges(composed(position=position))
     batch = left_padded([9, 5]) if padded else {"input_ids": token_ids(2, 9)}
@@ -183,6 +184,7 @@ def test_a_compiled_forward_is_the_eager_one(position, padded):
             assert not torch.equal(half, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole", [True, False])
 def test_compiled_code_sees_the_scale_of_its_own_thread(whole):
     """What was traced saw what any thread had switched last; a playground showed the anchor's text.
@@ -282,7 +284,7 @@ def gradients(model, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("reentrant", [pytest.param(True, marks=pytest.mark.slow), False])
 @pytest.mark.parametrize("anchor", ["llama", "gemma3_text", "bloom", "mixtral", "gpt2"])
 def test_checkpointed_gradients_are_the_same(anchor, reentrant):
     model, ids = open_bridges(composed(anchor)).train(), token_ids(2, 9)

@@ -187,6 +187,7 @@ def write_flores(folder: Path, missing: int = 0) -> None:
             (folder / split / f"{code}.{split}").write_text(text, encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_flores_has_five_shots_and_chrf(folder, tmp_path, monkeypatch):
     write_flores(tmp_path / "flores")
     monkeypatch.setenv("GRAFTLM_FLORES200", str(tmp_path / "flores"))

@@ -54,9 +54,17 @@ def experiment(models: Models) -> Experiment:
 # ---- the whole way -----------------------------------------------------------------------
 
 
-def test_the_whole_experiment(tmp_path: Path, experiment: Experiment) -> None:
-    asked = [(name, 1) for name in [*SYSTEMS, *experiment.ablations]]
-    asked[3] = ("composed", 2)
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("anchor", "pipeline", "composed", "lora", "full"),
+        pytest.param(tuple(SYSTEMS), marks=pytest.mark.slow),
+    ],
+)
+def test_the_whole_experiment(
+    tmp_path: Path, experiment: Experiment, names: tuple[str, ...]
+) -> None:
+    asked = [(name, 1 + (name == "composed")) for name in [*names, *experiment.ablations]]
     results = run.run(
         experiment, systems=asked, output=tmp_path, device="cpu", console=QUIET, command="it"
     )
@@ -87,10 +95,18 @@ def test_the_whole_experiment(tmp_path: Path, experiment: Experiment) -> None:
     assert ComposedForCausalLM.from_pretrained(tmp_path / "composed" / "1").num_parameters() > 0
 
 
+def drawn_here(seed: int) -> Data:
+    """The examples of an experiment, which takes minutes to draw: not in processes of jobs."""
+    assert multiprocessing.parent_process() is None
+    return tiny_experiment.data(seed)
+
+
+@pytest.mark.slow
 def test_a_stopped_experiment_goes_on(
     tmp_path: Path, experiment: Experiment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In two processes; then nothing is done again, and another setting is done anew."""
+    experiment = replace(experiment, data=drawn_here)
     asked: Any = {
         "systems": [("composed", 1), ("lora", 1), ("anchor", 2)],
         "output": tmp_path,
@@ -120,21 +136,6 @@ def test_a_stopped_experiment_goes_on(
     changed = replace(experiment.composition, num_heads=2)
     run.run(replace(experiment, composition=changed), **asked)
     assert sorted(ran[1:]) == ["anchor", "composed", "lora"]  # the anchor once, not for each seed
-
-
-def drawn_here(seed: int) -> Data:
-    """The examples of an experiment, which takes minutes to draw: not in processes of jobs."""
-    assert multiprocessing.parent_process() is None
-    return tiny_experiment.data(seed)
-
-
-def test_processes_are_handed_their_data(tmp_path: Path, experiment: Experiment) -> None:
-    systems = [("composed", 1), ("anchor", 1)]
-    drawn = replace(experiment, data=drawn_here)
-    found = run.run(
-        drawn, systems=systems, output=tmp_path, jobs=2, device="cpu", console=QUIET, plots=False
-    )
-    assert list(found["systems"]) == ["composed", "anchor"]
 
 
 def test_an_outcome_is_kept_under_what_it_depends_on(

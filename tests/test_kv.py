@@ -220,6 +220,7 @@ def score(model: Any, tokenizer: Any, some: Sequence[Example]) -> float:
     return EXACT_MATCH.of(some, answers)
 
 
+@pytest.mark.slow
 def test_shipped_parents_can_do_what_they_were_trained_for() -> None:
     augmenting, anchor, tokenizer = kv_parents.load_parents()
     tests = kv_arithmetic.data(0, task=SMALL, dc="mix", size=10, number=100).tests
@@ -237,6 +238,7 @@ def test_shipped_parents_fit_the_package() -> None:
     assert sum(path.stat().st_size for path in files) <= 8e6
 
 
+@pytest.mark.slow
 def test_bridges_learn_in_seconds() -> None:
     """In miniature: substitutions of held-out keys, of which the anchor alone gets none."""
     augmenting, anchor, tokenizer = kv_parents.load_parents()
@@ -278,6 +280,7 @@ def test_the_pipeline_lets_the_anchor_add_what_the_other_wrote() -> None:
     assert EXACT_MATCH.of([example], [answer]) == 100
 
 
+@pytest.mark.slow
 def test_missing_parents_are_trained_and_kept(tmp_path: Path) -> None:
     made = kv_parents.ensure(tmp_path, ("vanilla", "first"), "quick", "cpu")
     assert sorted(tmp_path.iterdir()) == sorted(made.values())

@@ -48,7 +48,9 @@ def random_pair(**options):
     return compose(tiny_llama(**size), tiny("gpt2", **size), **options)
 
 
-@pytest.mark.parametrize("position", ["none", "distance", "rotary"])
+@pytest.mark.parametrize(
+    "position", ["distance", *(pytest.param(p, marks=pytest.mark.slow) for p in ("none", "rotary"))]
+)
 def test_random_tokens_cannot_be_predicted(position):
     """The entropy of uniform tokens is ln V; below it, a model has seen what it predicts."""
     losses = held_out_losses(random_pair(position=position))

@@ -109,7 +109,7 @@ def test_the_collator_prepares_what_the_model_would_read(saved: str) -> None:
 
 
 @pytest.mark.parametrize("reads", ["sequence", "prompt"])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_trainer_with_and_without_our_collator(tmp_path: Path, reads: Any, workers: int) -> None:
     losses = []
     for own in (True, False):

@@ -44,7 +44,7 @@ pytestmark = [
 # bitsandbytes says at every product of a model that is not in float16 that it casts.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
-SCHEMES = ["8bit", "4bit", "int8wo"]
+SCHEMES = ["8bit", pytest.param("4bit", marks=pytest.mark.slow), "int8wo"]
 NAMES = {
     "8bit": "bitsandbytes 8-bit",
     "4bit": "bitsandbytes nf4",
@@ -197,7 +197,9 @@ def test_4_bit_weights_packed_before_composing_are_refused(folders):
         compose(folders / "anchor", {"code": base})
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(
+    "scheme", ["4bit", *(pytest.param(s, marks=pytest.mark.slow) for s in ("8bit", "int8wo"))]
+)
 def test_trainer_saves_and_reloads_to_the_same_logits(scheme, folders, tmp_path):
     """An evaluation within the run, as above, must change nothing of what is learned after it."""
     rows: Any = Dataset.from_dict({"input_ids": token_ids(4, 11).repeat(6, 1).tolist()})

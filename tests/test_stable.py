@@ -98,7 +98,7 @@ def small(request) -> tuple[StableTokenizer, Callable[[str], list[int]]]:
     return StableTokenizer(tokenizer), canonical(tokenizer)
 
 
-@settings(max_examples=12, deadline=None, derandomize=True, database=None)
+@settings(max_examples=6, deadline=None, derandomize=True, database=None)
 @given(chunks=st.lists(TEXT, max_size=3), continuation=TEXT)
 def test_no_continuation_changes_what_is_settled(small, chunks, continuation):
     stable, whole = small
@@ -118,7 +118,7 @@ def test_no_continuation_changes_what_is_settled_at_length(small, chunks, contin
     check(stable, whole, chunks, continuation)
 
 
-@pytest.mark.parametrize("text", TEXTS[::3])
+@pytest.mark.parametrize("text", TEXTS[::5])
 def test_real_text(small, text):
     """Ordinary text in many scripts, one character after another."""
     stable, whole = small
@@ -199,14 +199,16 @@ def test_tokens_put_before_a_text():
     assert found["unigram"] == found["gpt2"] == ()  # unigram puts one behind
 
 
-def test_long_runs_keep_a_short_context():
+@pytest.mark.parametrize(
+    "name", ["gemma", *(pytest.param(n, marks=pytest.mark.slow) for n in ("llama2", "gpt2"))]
+)
+def test_long_runs_keep_a_short_context(name):
     """Reading on takes the same time however long the text is."""
-    for name in ("llama2", "gemma", "gpt2"):
-        stable = StableTokenizer(zoo_tokenizer(name))
-        letters = random.Random(0).choices("abcdefghi人生自由", k=400)
-        tail, _ = stable.append(stable.start(), "".join(letters))
-        assert len(tail.context) <= 257, name
-        assert len(tail.text) <= 32, name
+    stable = StableTokenizer(zoo_tokenizer(name))
+    letters = random.Random(0).choices("abcdefghi人生自由", k=400)
+    tail, _ = stable.append(stable.start(), "".join(letters))
+    assert len(tail.context) <= 257
+    assert len(tail.text) <= 32
 
 
 def test_the_given_tokenizer_is_left_as_it_is():

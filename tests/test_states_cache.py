@@ -516,7 +516,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 
 @pytest.fixture
-def values(models: tuple[str, str], tmp_path: Path) -> dict[str, Any]:
+def values(models: tuple[str, str], tmp_path: Path, no_curves: None) -> dict[str, Any]:
     recipe = quick_recipe(models, tmp_path, logging_steps=1)
     return recipe | {"every": None, "connections": ["1-1", "2-3"], "eval_fraction": 0.2}
 
@@ -546,6 +546,7 @@ def test_training_on_states_is_training(values: dict[str, Any], tmp_path: Path) 
     assert sorted(os.listdir(folder)) == ["evaluation", "training"]
 
 
+@pytest.mark.slow
 def test_a_run_on_states_resumes_exactly(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -150,7 +150,14 @@ def test_answers_are_what_generate_says(experiment: Experiment, models: Models) 
     assert answering.say(made, some, test, batch_size=5) == together
 
 
-@pytest.mark.parametrize("name", ["anchor", "composed", "self", "prompt", "wrong-test"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "anchor",
+        "composed",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("self", "prompt", "wrong-test")),
+    ],
+)
 def test_rows_leave_the_batch_as_their_answers_end(
     experiment: Experiment, models: Models, name: str
 ) -> None:

@@ -27,7 +27,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 
 @pytest.fixture
-def values(models: tuple[str, str], tmp_path: Path) -> dict[str, Any]:
+def values(models: tuple[str, str], tmp_path: Path, no_curves: None) -> dict[str, Any]:
     return quick_recipe(models, tmp_path, max_steps=4, save_steps=2)
 
 
@@ -58,7 +58,10 @@ def test_a_checkpoint_holds_the_state_of_each_bridge_weight_and_no_other(
     assert {name for group in state["groups"] for name in group["parameters"]} == names
 
 
-@pytest.mark.parametrize("optim", ["sgd", "adafactor", "adamw_torch"])
+@pytest.mark.parametrize(
+    "optim",
+    ["adafactor", *(pytest.param(o, marks=pytest.mark.slow) for o in ("sgd", "adamw_torch"))],
+)
 def test_any_optimizer_goes_on_bit_for_bit(values: dict[str, Any], optim: str) -> None:
     """SGD keeps nothing, Adafactor numbers beside tensors of other shapes."""
     values["training"]["optim"] = optim

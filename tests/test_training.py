@@ -35,7 +35,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 
 @pytest.fixture
-def values(models: tuple[str, str], tmp_path: Path) -> dict[str, Any]:
+def values(models: tuple[str, str], tmp_path: Path, no_curves: None) -> dict[str, Any]:
     return quick_recipe(models, tmp_path)
 
 
@@ -325,7 +325,9 @@ def add_callback(monkeypatch: pytest.MonkeyPatch, callback: TrainerCallback) -> 
     monkeypatch.setattr(trainer, "DEFAULT_CALLBACKS", callbacks)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_an_interrupted_run_resumes_as_if_nothing_had_happened(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:

@@ -17,7 +17,7 @@ from matplotlib.image import imread
 from transformers import GenerationConfig, TrainerCallback, TrainerState
 
 from graftlm import ComposedForCausalLM, curves, meter
-from graftlm.curves import Curves, figure_of
+from graftlm.curves import Curves, draw_curves, figure_of
 from graftlm.probes import check_whole
 from graftlm.recipe import Recipe
 from graftlm.training import prepare, training_arguments
@@ -31,7 +31,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 
 @pytest.fixture
-def values(models: tuple[str, str], tmp_path: Path) -> dict[str, Any]:
+def values(models: tuple[str, str], tmp_path: Path, no_curves: None) -> dict[str, Any]:
     return quick_recipe(models, tmp_path)
 
 
@@ -174,11 +174,10 @@ def test_curves_of_a_stopped_run_go_on(
 ) -> None:
     values["training"] |= {"max_steps": 8}
     drawn: list[list[int]] = []
-    draw = curves.draw_curves
 
     def noting(log: Any, path: Path) -> None:
         drawn.append([entry["step"] for entry in log if "loss" in entry])
-        draw(log, path)
+        draw_curves(log, path)
 
     monkeypatch.setattr(curves, "draw_curves", noting)
     with monkeypatch.context() as patch:
@@ -312,6 +311,7 @@ class Draws(TrainerCallback):
         self.seen.append((random.getstate(), numbers[1].tolist(), numbers[2], torch_state))
 
 
+@pytest.mark.slow
 def test_probes_change_nothing_of_the_training(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
