@@ -169,6 +169,15 @@ SOCKET = "import socket; socket.socket()"
 CONNECT = "import socket; socket.create_connection(('127.0.0.1', 9))"
 KILL = "import os; os.kill(os.getppid(), 9)"
 GROUP = "import os; os.killpg(os.getpgid(os.getppid()), 9)"
+OWNER = """import fcntl, os
+refused = []
+for command in (fcntl.F_SETOWN, 10, 15):
+    try:
+        fcntl.fcntl(os.pipe()[0], command, bytes(8))
+    except PermissionError as exc:
+        refused.append(exc)
+if len(refused) == 3:
+    raise refused[0]"""
 REFUSED = [
     FORK,
     LIBC_FORK,
@@ -176,6 +185,7 @@ REFUSED = [
     CONNECT,
     KILL,
     GROUP,
+    OWNER,
     "import os; assert os.system('true') == 0",
 ]
 REFUSED += ["import os; os.chmod('.', 0o777)", "import os; os.mkdir('a')"]

@@ -55,6 +55,8 @@ CALLS: dict[str, tuple[int, tuple[int, ...]]] = {
         ),
     ),
 }
+# fcntl by machine, and its commands that have the kernel signal others: F_SETOWN, F_SETSIG, ..._EX
+FCNTL, OWNING = {"x86_64": 72, "aarch64": 25}, (8, 10, 15)
 FORBIDDEN = (
     "socket.",
     "subprocess.",
@@ -74,7 +76,7 @@ FORBIDDEN += (
     "os.truncate",
     "pty.",
 )
-FORBIDDEN += ("ctypes.", "signal.pthread_kill", "resource.setrlimit", "resource.prlimit")
+FORBIDDEN += ("ctypes.", "fcntl.", "signal.pthread_kill", "resource.setrlimit", "resource.prlimit")
 CHANGING = {"os.remove": 1, "os.rename": 2, "os.rmdir": 1}  # and how many paths they are given
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
@@ -188,7 +190,7 @@ def allow(libc: ctypes.CDLL, ruleset: int, path: str, rights: int) -> None:
 
 
 def restrict_calls(libc: ctypes.CDLL) -> bool:
-    """Let the kernel refuse the `CALLS`: seccomp, which cannot be taken back."""
+    """Let the kernel refuse the `CALLS` and `OWNING`: seccomp, which cannot be taken back."""
     if platform.machine() not in CALLS or sys.maxsize < 2**32:
         return False
     mark, numbers = CALLS[platform.machine()]
@@ -197,6 +199,10 @@ def restrict_calls(libc: ctypes.CDLL) -> bool:
     steps += [(0x20, 0, 0, 0), (0x35, 0, 1, 0x40000000), refuse]  # the number; not the 32-bit ones
     for number in numbers:
         steps += [(0x15, 0, 1, number), refuse]
+    after = 1 + 2 * len(OWNING)
+    steps += [(0x15, 0, after, FCNTL[platform.machine()]), (0x20, 0, 0, 24)]  # its second argument
+    for command in OWNING:
+        steps += [(0x15, 0, 1, command), refuse]
     steps.append((0x06, 0, 0, 0x7FFF0000))  # allow the others
     order = sys.byteorder
     code = b"".join(
