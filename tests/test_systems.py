@@ -309,12 +309,19 @@ def test_one_of_several_models_may_be_left_out(experiment: Experiment, models: M
     assert list(only) == ["second"]
 
 
+@pytest.mark.parametrize("trains", ["lora", "lora-embeddings"])
 def test_lora_has_about_as_many_weights_and_starts_alike(
-    experiment: Experiment, models: Models
+    experiment: Experiment, models: Models, trains: Any
 ) -> None:
+    """Without its embeddings, kv-arithmetic's anchor cannot tell the letters of the keys apart."""
+    lora = replace(experiment.systems["lora"], trains=trains)
+    experiment = replace(experiment, systems=experiment.systems | {"lora": lora})
     adapted = make(experiment, models, "lora", seed=3)
     bridges = runner.trainable(make(experiment, models, "composed").model)
     again = make(experiment, models, "lora", seed=3)
+    trained = [name for name, w in adapted.model.named_parameters() if w.requires_grad]
+    assert any("embed_tokens" in name for name in trained) == (trains == "lora-embeddings")
+    assert all("lora_" in name for name in trained)
     sizes = sum(runner.linear_sizes(adapted.model).values())
     assert abs(runner.trainable(adapted.model) - bridges) <= sizes
     ours, theirs = (dict(found.model.named_parameters()) for found in (adapted, again))

@@ -248,6 +248,7 @@ def train(
     rate = {
         "bridges": settings.learning_rate,
         "lora": settings.lora_learning_rate,
+        "lora-embeddings": settings.lora_learning_rate,
         "anchor": settings.full_learning_rate,
     }[system.trains or "bridges"]
     trained, sizes = Trained(), {}

@@ -160,7 +160,7 @@ def check(
             "(--no-programs and no --mbpp)"
         )
     wanted = {"sacrebleu"} if scored_by(experiment) else set()
-    if any(known[name].trains == "lora" for name, _ in systems):
+    if any(known[name].has_adapters for name, _ in systems):
         wanted.add("peft")
     if max(seeds for _, seeds in systems) > 1:
         wanted.add("scipy")

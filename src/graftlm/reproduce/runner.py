@@ -68,8 +68,10 @@ def make_runner(
         if system.alone == "augmenting":
             path = next(iter(models.augmenting.values()))
         return alone(experiment, path, shots, device)
-    if system.trains == "lora":
-        return adapted(experiment, models, device)
+    if system.has_adapters:
+        return adapted(
+            experiment, models, device, with_embeddings=system.trains == "lora-embeddings"
+        )
     if system.trains == "anchor":
         runner = alone(experiment, models.anchor, {}, device)
         for weight in runner.model.parameters():  # AdamW in bfloat16 would lose small steps
@@ -230,7 +232,9 @@ def fresh(model: PreTrainedModel) -> PreTrainedModel:
     return made.to(model.device)
 
 
-def adapted(experiment: Experiment, models: Models, device: str) -> Runner:
+def adapted(
+    experiment: Experiment, models: Models, device: str, *, with_embeddings: bool
+) -> Runner:
     """The anchor with low-rank adapters, about as many parameters as the bridges have.
 
     Raises:
@@ -245,11 +249,15 @@ def adapted(experiment: Experiment, models: Models, device: str) -> Runner:
         ) from error
     runner = alone(experiment, models.anchor, {}, device)
     sizes = linear_sizes(runner.model)
+    if with_embeddings:
+        sizes |= embedding_sizes(runner.model)
     rank = max(1, round(num_bridge_weights(experiment, models) / sum(sizes.values())))
     choice = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=sorted(sizes))
     with warnings.catch_warnings():
         # peft asks transformers for a property by its old name.
         warnings.simplefilter("ignore", FutureWarning)
+        # A head that shares the embeddings' weights stays as it was; nothing is merged here.
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
         model = get_peft_model(runner.model, choice).get_base_model()
     for weight in model.parameters():
         if weight.requires_grad:
@@ -295,3 +303,10 @@ def linear_sizes(model: Any) -> dict[str, int]:
             kind = name.rsplit(".", 1)[-1]
             sizes[kind] = sizes.get(kind, 0) + module.in_features + module.out_features
     return sizes
+
+
+def embedding_sizes(model: Any) -> dict[str, int]:
+    """The name of the input embeddings: weights of their adapter of rank 1."""
+    embeddings = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embeddings)
+    return {name.rsplit(".", 1)[-1]: embeddings.num_embeddings + embeddings.embedding_dim}

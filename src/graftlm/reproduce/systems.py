@@ -17,7 +17,8 @@ class System:
 
     Args:
         title: For the report.
-        trains: What learns: the bridges, adapters of the anchor, all of the anchor, or nothing.
+        trains: What learns: the bridges, adapters of the anchor's linear maps ("lora"), of its
+            embeddings too ("lora-embeddings"), all of the anchor, or nothing.
         reads_model: What the bridges read: the augmenting models, the same before they became
             specialists, randomly initialised ones, or the anchor itself.
         reads: "prompt" keeps the answer from the augmenting models.
@@ -31,7 +32,7 @@ class System:
     """
 
     title: str
-    trains: Literal["bridges", "lora", "anchor"] | None = "bridges"
+    trains: Literal["bridges", "lora", "lora-embeddings", "anchor"] | None = "bridges"
     reads_model: Literal["augmenting", "vanilla", "random", "anchor"] = "augmenting"
     reads: Literal["sequence", "prompt"] = "sequence"
     wrong: tuple[Literal["training", "test"], ...] = ()
@@ -42,6 +43,11 @@ class System:
     composition: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether it is the anchor with LoRA."""
+        return self.trains in ("lora", "lora-embeddings")
 
 
 OURS = "composed"
