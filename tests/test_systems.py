@@ -315,7 +315,7 @@ def test_lora_has_about_as_many_weights_and_starts_alike(
 ) -> None:
     """Without its embeddings, kv-arithmetic's anchor cannot tell the letters of the keys apart."""
     lora = replace(experiment.systems["lora"], trains=trains)
-    experiment = replace(experiment, systems=experiment.systems | {"lora": lora})
+    experiment = replace(experiment, systems={**experiment.systems, "lora": lora})
     adapted = make(experiment, models, "lora", seed=3)
     bridges = runner.trainable(make(experiment, models, "composed").model)
     again = make(experiment, models, "lora", seed=3)
