@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 
 from graftlm import compose
 
@@ -16,6 +17,7 @@ pytest.importorskip("lm_eval")
 
 import graftlm.lm_eval
 from graftlm import evaluation
+from graftlm.checkpoint import read_config
 from graftlm.evaluation import evaluate
 from graftlm.harness import GraftLM
 from lm_tasks import CHOICES, write_tasks
@@ -112,6 +114,22 @@ def test_finished_parts_are_not_run_again(folder, tasks, tmp_path, monkeypatch):
     message = r"results.json holds results for limit 2, not 3; choose another output folder"
     with pytest.raises(ValueError, match=message):
         evaluate(folder, ["tiny_choice"], **options | {"limit": 3})
+
+
+@pytest.mark.parametrize(
+    "change", [{"reads": "prompt"}, {"bridge": {"num_heads": 1}}, {"bridge": {"position": "none"}}]
+)
+def test_what_no_weight_shows_is_another_model(folder, tmp_path, change):
+    """Another way to read, or other heads, took the results and the cache of the first."""
+    shutil.copytree(folder, tmp_path / "other")
+    place = tmp_path / "other" / "config.json"
+    config = json.loads(place.read_text())
+    for name, value in change.items():
+        assert config[name] != value
+        config[name] = config[name] | value if isinstance(value, dict) else value
+    place.write_text(json.dumps(config))
+    one, other = (evaluation.identity(read_config(str(f))) for f in (folder, tmp_path / "other"))
+    assert one != other
 
 
 def test_changed_tasks_are_other_arguments(folder, tasks, tmp_path):
@@ -240,3 +258,66 @@ def test_flores_from_the_hub_is_sorted_by_its_numbers(monkeypatch):
     rows = flores200.load("taq_Latn", version=1.0)["devtest"].to_list()
     assert rows[0] == {"language": "Tamasheq", "source": "taq_Latn a", "english": "eng_Latn a"}
     assert ("openlanguagedata/flores_plus", "taq_Latn", "dev") in asked
+
+
+# ---- GSM8K and MGSM ------------------------------------------------------------------------
+
+
+def school_problems(number: int) -> list[dict[str, Any]]:
+    """Rows as GSM8K has them."""
+    return [
+        {"question": f"{k} and {k + 1}?", "answer": f"so <<{k}+{k + 1}>> it is\n#### {2 * k + 1}"}
+        for k in range(number)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "place", "shots"),
+    [("gsm8k", ("openai/gsm8k", "main"), 5), ("mgsm_direct_sw", ("juletxara/mgsm", "sw"), 0)],
+)
+def test_gsm8k_and_mgsm_are_scored(folder, tmp_path, monkeypatch, task, place, shots):
+    """lm-eval's own tasks, on rows of the published format: right answers are right."""
+    rows = school_problems(9)
+    if task != "gsm8k":
+        numbers = [int(row["answer"].split()[-1]) for row in rows]
+        rows = [
+            {"question": row["question"], "answer": None, "answer_number": number}
+            for row, number in zip(rows, numbers, strict=True)
+        ]
+    asked: list[tuple[str, str]] = []
+
+    def local(path: str, name: str, **_: Any) -> DatasetDict:
+        asked.append((path, name))
+        splits: dict[Any, Dataset] = {
+            "train": Dataset.from_list(rows[:6]),
+            "test": Dataset.from_list(rows[6:]),
+        }
+        return DatasetDict(splits)
+
+    def answers(self: Any, requests: Any, *_: Any, **__: Any) -> list[str]:
+        found = [str(2 * int(r.doc["question"].split()[0]) + 1) for r in requests]
+        found = [f" so\n#### {number}" if task == "gsm8k" else f" {number}" for number in found]
+        return [" 0", *found[1:]]
+
+    monkeypatch.setattr("datasets.load_dataset", local)
+    monkeypatch.setattr(GraftLM, "generate_until", answers)
+    said = evaluate(folder, [task], parts=["anchor"], output=tmp_path / "out")["parts"]["anchor"]
+    assert asked == [place]
+    assert said["n-shot"] == {task: shots}
+    (samples,) = (tmp_path / "out" / "samples" / "anchor").iterdir()
+    prompt = json.loads(samples.read_text().splitlines()[0])["arguments"][0][0]
+    assert prompt.endswith("6 and 7?\nAnswer:")
+    assert prompt.count("#### ") == shots
+    scores = said["results"][task]
+    exact = [score for name, score in scores.items() if name.startswith("exact_match,")]
+    assert exact == pytest.approx([2 / 3] * 2)
+
+
+def test_tasks_that_run_what_the_model_wrote_are_refused(folder, tmp_path):
+    place = tmp_path / "tasks"
+    write_tasks(place)
+    task = place / "tiny_answer.yaml"
+    task.write_text(task.read_text() + "unsafe_code: true\n")
+    with pytest.raises(ValueError, match="tiny_answer which is marked as unsafe"):
+        evaluate(folder, ["tiny_answer"], include_path=place, limit=1, parts=["anchor"])

@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def evaluate(
         "seed": seed,
         "task_files": None if include_path is None else files_hash(Path(include_path)),
         "loading": {name: str(loading[name]) for name in LOADING if loading.get(name)},
-        "lm_eval": version("lm_eval"),
+        **{name: version(name) for name in ("lm_eval", "graftlm", "torch", "transformers")},
     }
     report = read_report(output, arguments)
     model: Any = None
@@ -208,6 +209,8 @@ def identity(config: ComposedConfig) -> str:
         "scales": config.scales,
         "alignments": config.alignments,
         "connections": [str(connection) for connection in config.connections],
+        "bridge": asdict(config.bridge),  # heads and positions show in no weight
+        "reads": config.reads,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

@@ -16,10 +16,12 @@ from graftlm.reproduce.domain import shuffled_pieces
 from graftlm.reproduce.example import Data, Example
 from graftlm.reproduce.experiment import Composition, Experiment, Goal, Models, Test, Training
 from graftlm.reproduce.metrics import BITS_PER_BYTE, CHRF, PASS_AT_1, PERPLEXITY
+from graftlm.reproduce.own_models import OwnModels, find, on_own_models
 from graftlm.reproduce.real_models import require_model
 from graftlm.reproduce.systems import SYSTEMS, System
 
 ANCHOR, CODER = "smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct"
+LAYERS = (24, 30)  # of the coder and the anchor
 # The coder's late layers know the code best, and the anchor needs layers left to use it.
 COMPOSITION = Composition(
     connections=((9, 3), (13, 7), (17, 11), (20, 15), (22, 19), (23, 22), (23, 25), (23, 28)),
@@ -64,6 +66,9 @@ def experiment(
     mbpp: str | None = None,
     codexglue: Sequence[str] = (),
     examples: int | None = None,
+    anchor: str | None = None,
+    augmenting: str | None = None,
+    vanilla: str | None = None,
 ) -> Experiment:
     """One preset.
 
@@ -74,10 +79,13 @@ def experiment(
         mbpp: The file of MBPP, to test on it too.
         codexglue: Files of CodeXGLUE's code-to-text task in Python, to test on them too.
         examples: Training examples seen; None takes the preset's.
+        anchor, augmenting, vanilla: Models in the place of SmolLM2-135M-Instruct and
+            Qwen2.5-Coder-0.5B-Instruct; see `own_models.find`.
 
     Raises:
         ValueError: If MBPP is asked for, but no programs.
     """
+    own = find(anchor, augmenting, vanilla)
     if no_programs and mbpp:
         raise ValueError(
             f"--mbpp {mbpp} tests programs that models write, which --no-programs leaves out; "
@@ -103,15 +111,16 @@ def experiment(
         tests["MBPP"] = Test(metrics=(PASS_AT_1,), stop=END_OF_ANSWER, most_tokens=LONGEST_PROGRAM)
     if codexglue:
         tests["CodeXGLUE"] = tests["other packages"]
-    return Experiment(
+    made = Experiment(
         name="code",
         title="Python (CALM, section 4.3)",
-        about="m_A is Qwen2.5-Coder-0.5B-Instruct, m_B SmolLM2-135M-Instruct, the smaller of the "
-        "two. D_C: documented functions of installed packages, three tasks in one: complete "
+        about=f"m_A is {own.title('augmenting', 'Qwen2.5-Coder-0.5B-Instruct')}, "
+        f"m_B {own.title('anchor', 'SmolLM2-135M-Instruct')}. "
+        "D_C: documented functions of installed packages, three tasks in one: complete "
         "the body, write the function from a sentence, say what it does; and a plain English "
         "text for every five, so that English survives. Packages are held out whole. pass@1 is "
         "greedy.",
-        models=models,
+        models=partial(models, own=own),
         data=partial(
             data,
             num_tests=num_tests,
@@ -123,7 +132,7 @@ def experiment(
         composition=COMPOSITION,
         training=replace(TRAINING, examples=examples or seen, domain_examples=seen),
         # The coder as it was before it learned code is not to be had as a package.
-        systems={name: system for name, system in SYSTEMS.items() if name != "vanilla"},
+        systems={n: system for n, system in SYSTEMS.items() if n != "vanilla" or own.vanilla},
         ablations=ABLATIONS,
         goals=(
             *(
@@ -131,7 +140,7 @@ def experiment(
                     says=f"composed beats m_B and every control on {title} with p < 0.05",
                     test=test,
                     group=group,
-                    beats=CONTROLS,
+                    beats=CONTROLS + (("vanilla",) if own.vanilla else ()),
                     level=0.05,
                 )
                 for test, group, title in (
@@ -149,8 +158,10 @@ def experiment(
         pipeline=pipeline,
         in_bf16=True,
         answer_batch=24,
-        changes={"preset": preset, "mbpp": mbpp, "codexglue": list(codexglue)},
+        changes={"preset": preset, "mbpp": mbpp, "codexglue": list(codexglue)}
+        | {"anchor": anchor, "augmenting": augmenting, "vanilla": vanilla},
     )
+    return on_own_models(made, own, layers=LAYERS)
 
 
 @cache
@@ -185,10 +196,14 @@ def unseen(examples: Sequence[Example], data: Data, option: str) -> list[Example
     return left
 
 
-def models(folder: Path, read: Set[str], device: str) -> Models:
+def models(folder: Path, read: Set[str], device: str, *, own: OwnModels) -> Models:
     """A general model and a model of code, as `make models CODER=1` fetches them."""
     del folder, read, device
-    return Models(anchor=require_model(ANCHOR), augmenting={"coder": require_model(CODER)})
+    return Models(
+        anchor=own.anchor or require_model(ANCHOR),
+        augmenting={"coder": own.augmenting or require_model(CODER)},
+        vanilla={"coder": own.vanilla} if own.vanilla else None,
+    )
 
 
 def pipeline(example: Example, said: str) -> tuple[Example, str]:

@@ -62,13 +62,30 @@ def kv_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of experiments that run on models of the user's too."""
+    parser.add_argument("--anchor", metavar="MODEL", help="m_B: a folder, a GGUF file or a hub id")
+    parser.add_argument("--augmenting", metavar="MODEL", help="m_A, in the place of the default")
+
+
+def vanilla_argument(parser: argparse.ArgumentParser) -> None:
+    """Of experiments that compare with m_A before it became a specialist."""
+    parser.add_argument(
+        "--vanilla", metavar="MODEL", help="what the model of --augmenting was before"
+    )
+
+
 def language_arguments(parser: argparse.ArgumentParser) -> None:
     """Of the low-resource experiment."""
+    model_arguments(parser)
+    vanilla_argument(parser)
     parser.add_argument("--language", choices=("chichewa", "guarani", "xhosa"), default="chichewa")
 
 
 def code_arguments(parser: argparse.ArgumentParser) -> None:
     """Of the code experiment."""
+    model_arguments(parser)
+    vanilla_argument(parser)
     parser.add_argument(
         "--allow-code-execution",
         action="store_true",
@@ -91,6 +108,7 @@ OWN = {
     "kv-arithmetic": kv_arguments,
     "low-resource": language_arguments,
     "code": code_arguments,
+    "translate": model_arguments,
 }
 SHARED = {"systems", "seeds", "jobs", "output", "device", "no_plots", "allow_code_execution"}
 

@@ -16,10 +16,12 @@ from graftlm.reproduce.language_model import PRESETS
 from graftlm.reproduce.low_resource_data import load_data
 from graftlm.reproduce.low_resource_models import train_parents
 from graftlm.reproduce.metrics import BITS_PER_BYTE, CHRF, PERPLEXITY
+from graftlm.reproduce.own_models import OwnModels, find, on_own_models
 from graftlm.reproduce.real_models import require_model
 from graftlm.reproduce.systems import SYSTEMS, System
 
 ANCHOR = "smollm2-135m-instruct"
+LAYERS = (PRESETS["small"].num_layers, 30)  # of m_A and m_B, for whom the connections are
 # The small model's middle and last layers, spread over the anchor; many narrow bridges learn
 # faster than a few wide ones (docs/log.md).
 COMPOSITION = Composition(
@@ -59,7 +61,13 @@ ABLATIONS = {
 
 
 def experiment(
-    preset: str = "small", *, language: str = "chichewa", examples: int | None = None
+    preset: str = "small",
+    *,
+    language: str = "chichewa",
+    examples: int | None = None,
+    anchor: str | None = None,
+    augmenting: str | None = None,
+    vanilla: str | None = None,
 ) -> Experiment:
     """One preset and language.
 
@@ -68,7 +76,10 @@ def experiment(
             a larger augmenting model and wants a GPU.
         language: chichewa, guarani or xhosa.
         examples: Training examples seen; None takes the preset's.
+        anchor, augmenting, vanilla: Models in the place of SmolLM2-135M-Instruct and of those that
+            the command trains; see `own_models.find`.
     """
+    own = find(anchor, augmenting, vanilla)
     seen, num_tests, answered = SIZES[preset]
     data_of = partial(data, language=language, num_tests=num_tests)
     name = language.capitalize()
@@ -77,17 +88,19 @@ def experiment(
         for test in load_tests(language)
     }
     first = next(iter(tests))
-    return Experiment(
+    has_read = f"a small Llama, has read English and then {name} text, none of it aligned"
+    made = Experiment(
         name="low-resource",
         title=f"Low-resource translation (CALM, section 4.2): {name} to English",
-        about=f"m_A, a small Llama, has read English and then {name} text, none of it aligned; m_B "
-        "is SmolLM2-135M-Instruct; D_C is a small aligned part of the same text, and a plain "
+        about=f"m_A, {own.title('augmenting', has_read)}; m_B is "
+        f"{own.title('anchor', 'SmolLM2-135M-Instruct')}; "
+        "D_C is a small aligned part of the language's text, and a plain "
         "English text for every five pairs, so that English survives. "
         "chrF of greedy answers and bits per byte of the reference.",
-        models=partial(models, language=language, preset=preset),
+        models=partial(models, language=language, preset=preset, own=own),
         data=data_of,
         tests=tests | {"before": Test(metrics=(PERPLEXITY,), paper="English news.")},
-        composition=replace(COMPOSITION, connections=connections(PRESETS[preset].num_layers)),
+        composition=COMPOSITION,
         training=replace(TRAINING, examples=examples or seen, domain_examples=seen),
         systems=dict(SYSTEMS),
         ablations=ABLATIONS,
@@ -106,14 +119,11 @@ def experiment(
         ),
         pipeline=pipeline,
         in_bf16=True,
-        changes={"preset": preset, "language": language},
+        changes={"preset": preset, "language": language}
+        | {"anchor": anchor, "augmenting": augmenting, "vanilla": vanilla},
     )
-
-
-def connections(num_layers: int) -> tuple[tuple[int, int], ...]:
-    """Those of a small augmenting model, at the same relative heights of one with more layers."""
-    small = PRESETS["small"].num_layers
-    return tuple((round((i + 1) / small * num_layers) - 1, j) for i, j in COMPOSITION.connections)
+    trained = None if own.augmenting else PRESETS[preset].num_layers
+    return on_own_models(made, own, layers=LAYERS, trained=trained)
 
 
 def load_tests(language: str) -> list[str]:
@@ -129,15 +139,21 @@ def data(seed: int, *, language: str, num_tests: int) -> Data:
     return replace(found, domain=shuffled_pieces(found.domain))
 
 
-def models(folder: Path, read: Set[str], device: str, *, language: str, preset: str) -> Models:
+def models(
+    folder: Path, read: Set[str], device: str, *, language: str, preset: str, own: OwnModels
+) -> Models:
     """The anchor, and the augmenting model before and after it learned the language.
 
     Trained models are kept in the cache; a later run finds them.
     """
     del folder, read
+    anchor = own.anchor or require_model(ANCHOR)
+    if own.augmenting:
+        vanilla = {language: own.vanilla} if own.vanilla else None
+        return Models(anchor=anchor, augmenting={language: own.augmenting}, vanilla=vanilla)
     parents = train_parents(language, preset=preset, device=device)
     return Models(
-        anchor=require_model(ANCHOR),
+        anchor=anchor,
         augmenting={language: parents.specialised},
         vanilla={language: parents.vanilla},
     )

