@@ -29,6 +29,7 @@ from graftlm.reproduce import (
     kept,
     kv_arithmetic,
     kv_two_models,
+    low_resource,
     metrics,
     run,
     runner,
@@ -382,9 +383,12 @@ def test_systems_are_named_with_their_seeds() -> None:
         flags.named_systems(["lora:x"], 1, main, ablations)
 
 
-@pytest.mark.parametrize("module", [kv_arithmetic, kv_two_models, code, translate])
+@pytest.mark.parametrize("module", [kv_arithmetic, kv_two_models, low_resource, code, translate])
 @pytest.mark.parametrize("preset", flags.PRESETS)
-def test_goals_are_of_what_there_is(module: Any, preset: str) -> None:
+def test_goals_are_of_what_there_is(
+    module: Any, preset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(low_resource, "load_tests", lambda language: ["books"])  # fetches nothing
     experiment = module.experiment(preset)
     assert experiment.goals
     for goal in experiment.goals:

@@ -233,6 +233,14 @@ def test_shipped_parents_can_do_what_they_were_trained_for() -> None:
     assert score(anchor, tokenizer, substitutions) <= 1
 
 
+@pytest.mark.parametrize("preset", kv_arithmetic.SETTINGS)
+def test_no_lesson_of_the_domain_comes_twice(preset: str) -> None:
+    """The course from a few keys to all began anew 31 times in the paper's preset."""
+    experiment = kv_arithmetic.experiment(preset)
+    keywords: Any = experiment.data.keywords  # pyrefly: ignore
+    assert keywords["domain_size"] >= experiment.training.domain_examples
+
+
 def test_shipped_parents_fit_the_package() -> None:
     files = [path for path in kv_parents.SHIPPED.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 8e6

@@ -96,6 +96,7 @@ ABLATIONS = {
 WITH_EMBEDDINGS = {
     name: replace(SYSTEMS[name], trains="lora-embeddings") for name in ("lora", "lora-domain")
 }
+DOMAIN_SIZE = 166_400  # what m_A learned from; a preset that sees more gets more, in one course
 ABOUT = (
     "m_A knows {keys:,} keys, m_B adds numbers, both are small Llamas; bridges learn on "
     "{share:.0f} % of the keys. KV-SUBS replaces keys by their values, NUM-MATH adds numbers, "
@@ -126,7 +127,14 @@ def experiment(
         title="Key-value arithmetic (CALM, section 4.1)",
         about=ABOUT.format(keys=task.num_keys, share=100 * task.held_in),
         models=partial(models, preset=preset),
-        data=partial(data, task=task, dc=dc, size=training.examples, number=number),
+        data=partial(
+            data,
+            task=task,
+            dc=dc,
+            size=training.examples,
+            number=number,
+            domain_size=max(DOMAIN_SIZE, training.domain_examples),
+        ),
         tests={
             "KV-MATH": Test(
                 metrics=(EXACT_MATCH,), paper="The paper: m_A 0.7, m_B 0.0, CALM 84.3."
@@ -186,7 +194,9 @@ def models(folder: Path, read: Set[str], device: str, *, preset: str) -> Models:
 
 
 @cache
-def data(seed: int, *, task: kv_data.KVTask, dc: str, size: int, number: int) -> Data:
+def data(
+    seed: int, *, task: kv_data.KVTask, dc: str, size: int, number: int, domain_size: int = 0
+) -> Data:
     """The examples of one split of the keys."""
     values = kv_data.draw_values(task)
     held_in, held_out = kv_data.split_keys(task, values, seed)
@@ -205,7 +215,7 @@ def data(seed: int, *, task: kv_data.KVTask, dc: str, size: int, number: int) ->
             "KV-SUBS": sets(scored, lambda e: kv_data.subs_example(e, values)),
             "NUM-MATH": {"numbers": [example_of(kv_data.numeric_example(e)) for e in numeric]},
         },
-        domain=domain(task, values, exclude),
+        domain=domain(task, values, exclude, domain_size),
     )
 
 
@@ -232,7 +242,7 @@ def domain(
     task: kv_data.KVTask,
     values: dict[str, int],
     exclude: set[kv_data.Expression],
-    size: int = 166_400,
+    size: int,
 ) -> list[Example]:
     """KV-SUBS over all keys, more and more of them, as m_A learned it."""
     rng = random.Random(f"domain {task.seed}")
