@@ -4,11 +4,12 @@ Completion (HumanEval, which runs the programs), text to code, and code to text,
 functions of packages that training never showed.
 """
 
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
+from graftlm.reproduce import code_models, language_model
 from graftlm.reproduce.code_data import draw, load_data, new_tests
 from graftlm.reproduce.code_sources import COMPLETE, DESCRIBE, load_codexglue, load_mbpp
 from graftlm.reproduce.code_tests import END_OF_ANSWER, is_over
@@ -21,6 +22,7 @@ from graftlm.reproduce.real_models import require_model
 from graftlm.reproduce.systems import SYSTEMS, System
 
 ANCHOR, CODER = "smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct"
+CODER_TITLE = "Qwen2.5-Coder-0.5B-Instruct"
 LAYERS = (24, 30)  # of the coder and the anchor
 # The coder's late layers know the code best, and the anchor needs layers left to use it.
 COMPOSITION = Composition(
@@ -69,6 +71,7 @@ def experiment(
     anchor: str | None = None,
     augmenting: str | None = None,
     vanilla: str | None = None,
+    train_coder: bool = False,
 ) -> Experiment:
     """One preset.
 
@@ -81,16 +84,24 @@ def experiment(
         examples: Training examples seen; None takes the preset's.
         anchor, augmenting, vanilla: Models in the place of SmolLM2-135M-Instruct and
             Qwen2.5-Coder-0.5B-Instruct; see `own_models.find`.
+        train_coder: Whether the command trains the augmenting model; see `code_models`.
 
     Raises:
-        ValueError: If MBPP is asked for, but no programs.
+        ValueError: If MBPP is asked for, but no programs, or an augmenting model beside one that
+            is to be trained.
     """
+    if train_coder and augmenting:
+        raise ValueError(
+            f"--augmenting {augmenting} is another model than the one that --train-coder trains; "
+            "give one of the two"
+        )
     own = find(anchor, augmenting, vanilla)
     if no_programs and mbpp:
         raise ValueError(
             f"--mbpp {mbpp} tests programs that models write, which --no-programs leaves out; "
             "give one of the two"
         )
+    has_vanilla = train_coder or own.vanilla is not None
     seen, num_tests, answered = SIZES[preset]
     tests = {
         "HumanEval": Test(
@@ -111,28 +122,26 @@ def experiment(
         tests["MBPP"] = Test(metrics=(PASS_AT_1,), stop=END_OF_ANSWER, most_tokens=LONGEST_PROGRAM)
     if codexglue:
         tests["CodeXGLUE"] = tests["other packages"]
+    data_of = partial(
+        data, num_tests=num_tests, programs=not no_programs, mbpp=mbpp, codexglue=tuple(codexglue)
+    )
+    trained = "a small Llama that has read English news and then Python packages"
     made = Experiment(
         name="code",
         title="Python (CALM, section 4.3)",
-        about=f"m_A is {own.title('augmenting', 'Qwen2.5-Coder-0.5B-Instruct')}, "
+        about=f"m_A is {own.title('augmenting', trained if train_coder else CODER_TITLE)}, "
         f"m_B {own.title('anchor', 'SmolLM2-135M-Instruct')}. "
         "D_C: documented functions of installed packages, three tasks in one: complete "
         "the body, write the function from a sentence, say what it does; and a plain English "
         "text for every five, so that English survives. Packages are held out whole. pass@1 is "
         "greedy.",
-        models=partial(models, own=own),
-        data=partial(
-            data,
-            num_tests=num_tests,
-            programs=not no_programs,
-            mbpp=mbpp,
-            codexglue=tuple(codexglue),
-        ),
+        models=partial(models, own=own, lessons=data_of if train_coder else None, preset=preset),
+        data=data_of,
         tests=tests,
         composition=COMPOSITION,
         training=replace(TRAINING, examples=examples or seen, domain_examples=seen),
         # The coder as it was before it learned code is not to be had as a package.
-        systems={n: system for n, system in SYSTEMS.items() if n != "vanilla" or own.vanilla},
+        systems={n: s for n, s in SYSTEMS.items() if n != "vanilla" or has_vanilla},
         ablations=ABLATIONS,
         goals=(
             *(
@@ -140,7 +149,7 @@ def experiment(
                     says=f"composed beats m_B and every control on {title} with p < 0.05",
                     test=test,
                     group=group,
-                    beats=CONTROLS + (("vanilla",) if own.vanilla else ()),
+                    beats=CONTROLS + (("vanilla",) if has_vanilla else ()),
                     level=0.05,
                 )
                 for test, group, title in (
@@ -159,9 +168,11 @@ def experiment(
         in_bf16=True,
         answer_batch=24,
         changes={"preset": preset, "mbpp": mbpp, "codexglue": list(codexglue)}
-        | {"anchor": anchor, "augmenting": augmenting, "vanilla": vanilla},
+        | {"anchor": anchor, "augmenting": augmenting, "vanilla": vanilla}
+        | {"train_coder": train_coder},
     )
-    return on_own_models(made, own, layers=LAYERS)
+    layers = language_model.PRESETS[preset].num_layers if train_coder else None
+    return on_own_models(made, own, layers=LAYERS, trained=layers)
 
 
 @cache
@@ -196,11 +207,32 @@ def unseen(examples: Sequence[Example], data: Data, option: str) -> list[Example
     return left
 
 
-def models(folder: Path, read: Set[str], device: str, *, own: OwnModels) -> Models:
-    """A general model and a model of code, as `make models CODER=1` fetches them."""
-    del folder, read, device
+def models(
+    folder: Path,
+    read: Set[str],
+    device: str,
+    *,
+    own: OwnModels,
+    lessons: Callable[[int], Data] | None,
+    preset: str,
+) -> Models:
+    """A general model and a model of code, as `make models CODER=1` fetches them.
+
+    Args:
+        lessons: The data of a seed, of which the coder is to be trained; None takes one that is
+            there.
+    """
+    del folder, read
+    anchor = own.anchor or require_model(ANCHOR)
+    if lessons is not None:
+        parents = code_models.train_coder(lessons(0), preset=preset, device=device)
+        return Models(
+            anchor=anchor,
+            augmenting={"coder": parents.specialised},
+            vanilla={"coder": parents.vanilla},
+        )
     return Models(
-        anchor=own.anchor or require_model(ANCHOR),
+        anchor=anchor,
         augmenting={"coder": own.augmenting or require_model(CODER)},
         vanilla={"coder": own.vanilla} if own.vanilla else None,
     )

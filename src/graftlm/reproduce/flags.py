@@ -87,6 +87,11 @@ def code_arguments(parser: argparse.ArgumentParser) -> None:
     model_arguments(parser)
     vanilla_argument(parser)
     parser.add_argument(
+        "--train-coder",
+        action="store_true",
+        help="train a small m_A on installed packages, and compare with what it was before",
+    )
+    parser.add_argument(
         "--allow-code-execution",
         action="store_true",
         help="run the programs that models write, in a child process with limits",

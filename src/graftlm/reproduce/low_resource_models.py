@@ -1,27 +1,13 @@
 """The augmenting models of the low-resource experiment: before and after they are specialised."""
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
-from graftlm.gguf import default_cache
-from graftlm.reproduce.language_model import PRESETS, find_tokenizer, train_language_model
+from graftlm.reproduce.language_model import PRESETS
 from graftlm.reproduce.low_resource_data import load_texts
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Parents:
-    """Folders of two models of one tokenizer.
-
-    Args:
-        vanilla: Trained on English alone.
-        specialised: The same, trained on the language after.
-    """
-
-    vanilla: Path
-    specialised: Path
+from graftlm.reproduce.specialists import Parents, train_specialist
 
 
 def train_parents(
@@ -54,32 +40,14 @@ def train_parents(
     """
     if preset not in PRESETS:
         raise ValueError(f"preset {preset!r} is none of {', '.join(PRESETS)}")
-    settings = PRESETS[preset]
     texts = load_texts(language, folder=folder)
-    english = list(texts.english)[: settings.num_texts]
-    foreign = list(texts.foreign)[: settings.num_texts]
-    output = Path(output or default_cache() / "language-models")
-    tokenizer = find_tokenizer([*english, *foreign], settings.vocabulary, output)
-    vanilla = train_language_model(
-        english,
-        settings=settings,
-        output=output,
-        tokenizer=tokenizer,
+    return train_specialist(
+        ("English", texts.english),
+        (language.capitalize(), texts.foreign),
+        settings=PRESETS[preset],
         held_out=texts.held_out,
+        output=output,
         seed=seed,
         device=device,
         console=console,
-        title="English",
     )
-    specialised = train_language_model(
-        foreign,
-        settings=settings,
-        output=output,
-        start_from=vanilla,
-        held_out=texts.held_out,
-        seed=seed,
-        device=device,
-        console=console,
-        title=language.capitalize(),
-    )
-    return Parents(vanilla=vanilla, specialised=specialised)
