@@ -68,7 +68,7 @@ def test_an_experiment_takes_its_models_from_the_options(
         assert {i for i, _ in pairs} <= {0, 1, 2}
         assert {j for _, j in pairs} <= {0, 1, 2, 3}
     assert (2, 3) in all_pairs[0]
-    assert Path(folders["anchor"]).name in experiment.about
+    assert folders["anchor"] in experiment.about
     assert experiment.changes["anchor"] == folders["anchor"]
 
 
@@ -138,4 +138,6 @@ def test_models_that_cannot_be_had(
     monkeypatch.setattr(
         huggingface_hub, "snapshot_download", lambda model, **options: folders["anchor"]
     )
-    assert own_models.find(anchor="some/model") == OwnModels(anchor=Path(folders["anchor"]))
+    found = own_models.find(anchor="some/model")
+    assert found == OwnModels(anchor=Path(folders["anchor"]), names={"anchor": "some/model"})
+    assert found.title("anchor", "default") == "some/model"

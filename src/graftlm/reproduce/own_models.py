@@ -1,7 +1,7 @@
 """An experiment on models of the user's, connected at the same relative heights."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from graftlm import gguf
@@ -18,16 +18,17 @@ class OwnModels:
 
     Args:
         vanilla: The augmenting model before it became a specialist.
+        names: What the user called them: a converted or downloaded folder's own name says little.
     """
 
     anchor: Path | None = None
     augmenting: Path | None = None
     vanilla: Path | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
 
     def title(self, part: str, default: str) -> str:
         """What the report calls the anchor or the augmenting model."""
-        folder = getattr(self, part)
-        return default if folder is None else folder.name
+        return self.names.get(part, default)
 
 
 def find(
@@ -46,8 +47,10 @@ def find(
             f"--vanilla {vanilla} is what the augmenting model was before, which --augmenting does "
             "not name; give both, or leave --vanilla out"
         )
+    given = {"anchor": anchor, "augmenting": augmenting, "vanilla": vanilla}
     return OwnModels(
-        anchor=folder_of(anchor), augmenting=folder_of(augmenting), vanilla=folder_of(vanilla)
+        **{part: folder_of(model) for part, model in given.items()},
+        names={part: model for part, model in given.items() if model is not None},
     )
 
 
