@@ -144,9 +144,12 @@ def at_same_heights(pairs: Pairs, meant: tuple[int, int], found: tuple[int, int]
         meant, found: How many layers m_A and m_B have, there and here. Where m_B has too few for
             all, pairs that would meet in one of its layers are one: the last of them.
     """
-
-    def moved(layer: int, which: int) -> int:
-        return max(0, round((layer + 1) / meant[which] * found[which]) - 1)
-
-    by_anchor = {moved(j, 1): moved(i, 0) for i, j in pairs}
+    by_anchor = {
+        same_height(j, meant[1], found[1]): same_height(i, meant[0], found[0]) for i, j in pairs
+    }
     return tuple((i, j) for j, i in by_anchor.items())
+
+
+def same_height(layer: int, meant: int, found: int) -> int:
+    """The layer of a model of `found` layers that stands where `layer` does among `meant`."""
+    return max(0, round((layer + 1) / meant * found) - 1)

@@ -24,6 +24,7 @@ from graftlm.reproduce.example import Example
 from graftlm.reproduce.experiment import Composition, Experiment, Models
 from graftlm.reproduce.few_shot import can_share
 from graftlm.reproduce.hardware import has_bf16
+from graftlm.reproduce.own_models import same_height
 from graftlm.reproduce.systems import System
 
 Collate = Callable[[Features], dict[str, Any]]
@@ -216,7 +217,7 @@ def connections(
         made += [
             Connection(
                 augmenting=name,
-                augmenting_layer=round((i + 1) / meant * layers) - 1,
+                augmenting_layer=same_height(i, meant, layers),
                 anchor_layer=j,
             )
             for i, j in choice.connections
