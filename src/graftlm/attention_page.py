@@ -16,9 +16,12 @@ TEMPLATE, PLACE = "attention_page.html", "{{ data }}"
 
 
 def attention_page(explanation: Explanation) -> str:
-    """The page, to be written as UTF-8.
+    """The page: one text of HTML that works offline, to be written as UTF-8.
 
     It shows weights to 1/510 of their square root; exact are those of the explanation itself.
+
+    Args:
+        explanation: What `ComposedForCausalLM.explain` gave.
     """
     template = files("graftlm").joinpath(TEMPLATE).read_text(encoding="utf-8")
     # Within a script element, "<" could end it.

@@ -250,6 +250,11 @@ class ComposedForCausalLM(SavesBridges, GenerationMixin):
             return_dict: False returns a tuple.
             options: Passed on to the anchor.
 
+        Returns:
+            `logits` (batch, seq, vocabulary of the anchor), of the last `logits_to_keep` if given;
+            `loss` with `labels`, a mean in nats a token; `past_key_values`, a `ComposedCache`,
+            with `use_cache`; what else the anchor returns. A tuple if `return_dict` is False.
+
         Raises:
             ValueError: If `input_ids` are missing, a mask is not 2-D, or a cache does not fit.
         """

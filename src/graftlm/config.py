@@ -34,6 +34,9 @@ class BridgeConfig:
             (4 of them stand for a token), or "tokens" of the augmenting model.
         gate: Multiply the update by tanh of a learned scalar that starts at zero (Flamingo).
         bias: Biases in all five linear maps.
+
+    Raises:
+        ValueError: If an option is none of its choices, or a number is not positive.
     """
 
     num_heads: int | None = None
@@ -86,7 +89,12 @@ class BridgeConfig:
 class Connection:
     """A pair of layers: the anchor layer reads the augmenting layer. It has no weights.
 
-    Layers count from 0; layer i stands for the hidden states after block i.
+    Args:
+        augmenting: Name of the augmenting model; an only one is called "augmenting".
+        augmenting_layer, anchor_layer: From 0; layer i stands for the hidden states after block i.
+
+    Raises:
+        ValueError: If a layer is not a whole number from 0.
     """
 
     augmenting: str = "augmenting"

@@ -172,6 +172,7 @@ class SavesBridges(ComposedPreTrainedModel):
         Raises:
             CheckpointMismatchError: If a file is missing or damaged, or a base model differs.
             ValueError: If a base model cannot be found.
+            TypeError: If an argument is unknown.
         """
         asked = {name for name, value in kwargs.items() if value is not None}
         unknown = asked - {"_from_auto", "adapter_kwargs", "torch_dtype", "weights_only"}

@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
         default=["main"],
         metavar="SYSTEM",
         help="which to compare: main (all but ablations), ablations, all, or names, each with "
-        f"its own number of seeds if wanted, as in lora:3; names are {', '.join(SYSTEMS)}, and "
-        "the ablations that the documents list",
+        "its own number of seeds if wanted, as in lora:3; most experiments know "
+        f"{', '.join(SYSTEMS)}; docs/experiments.md names all of each",
     )
     parser.add_argument("--seeds", type=int, default=SEEDS, help="how many runs to average over")
     parser.add_argument("--examples", type=int, help="training examples that each system sees")
