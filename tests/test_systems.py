@@ -449,6 +449,33 @@ def test_the_domain_is_read_before_the_composition(experiment: Experiment, model
     assert {e.group for e in rest} == {"Up", "Down"}
 
 
+def test_the_domain_can_be_mixed_with_the_composition(
+    experiment: Experiment, models: Models
+) -> None:
+    made = make(experiment, models, "lora")
+    data, settings = experiment.data(0), experiment.training
+    apart = [
+        examples
+        for _, examples in jobs.stages(
+            experiment.system("lora-domain"), made, data, settings, seed=0
+        )
+    ]
+    mixed = replace(experiment.system("lora-domain"), learns="mixed")
+    [(_, together)] = jobs.stages(mixed, made, data, settings, seed=0)
+    assert together == encoding.spread(apart, settings.batch_size)
+
+
+def test_parts_are_spread_evenly_batch_by_batch() -> None:
+    few, many = examples(number=4), examples(number=12)
+    mixed = encoding.spread([many, few], 2)
+    assert mixed == [
+        *(many[0:2] + few[0:2]),
+        *many[2:6],
+        *(many[6:8] + few[2:4]),
+        *many[8:12],
+    ]
+
+
 def test_plain_texts_of_all_kinds_are_mixed_in() -> None:
     task = examples(number=20)
     texts = (["one. " * 200, "two"], ["three"] * 9)

@@ -3,6 +3,8 @@
 import random
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import chain
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -123,6 +125,17 @@ def training_order(
         rng.shuffle(batches)
         ordered += [example for batch in batches for example in batch]
     return ordered
+
+
+def spread(parts: Sequence[Sequence[Example]], batch_size: int) -> list[Example]:
+    """All batches of several parts, each part in its order and spread evenly over the whole."""
+    placed = [
+        (start / len(part), part[start : start + batch_size])
+        for part in parts
+        for start in range(0, len(part), batch_size)
+    ]
+    batches = [batch for _, batch in sorted(placed, key=itemgetter(0))]
+    return list(chain.from_iterable(batches))
 
 
 def padded_tokens(features: Features, batch_size: int) -> int:

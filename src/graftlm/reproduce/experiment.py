@@ -50,7 +50,7 @@ class Training:
     Args:
         examples: Seen in all, the same ones by every system of a seed.
         distinct: The share of D_C that is used, drawn once a seed; None is all.
-        domain_examples: Seen before those by systems that learn from the domain.
+        domain_examples: Seen besides those by systems that learn from the domain.
         learning_rate, lora_learning_rate, full_learning_rate: Of bridges, of LoRA, and of the
             anchor's own weights.
         warmup: Share of all updates.

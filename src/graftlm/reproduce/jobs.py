@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from graftlm.reproduce import cost
 from graftlm.reproduce.answering import Generated, ask, judged, say
-from graftlm.reproduce.encoding import Features, padded_tokens, training_order
+from graftlm.reproduce.encoding import Features, padded_tokens, spread, training_order
 from graftlm.reproduce.example import Data, Example
 from graftlm.reproduce.experiment import Experiment, Test, Training
 from graftlm.reproduce.fitting import fit
@@ -283,13 +283,20 @@ def stages(
             examples, size, settings.batch_size, seed, by_length=settings.by_length
         )
 
-    if system.learns == "domain":
-        size = settings.domain_examples - settings.domain_examples % settings.batch_size
-        yield " (domain)", list(islice(cycle(data.domain), size))  # in the order they came in
     composition = list(data.composition)
     if settings.distinct is not None:
         size = max(1, round(settings.distinct * min(len(composition), settings.examples)))
         composition = random.Random(seed).sample(composition, size)
+    domain: list[Example] = []
+    if system.learns != "composition":
+        size = settings.domain_examples - settings.domain_examples % settings.batch_size
+        domain = list(islice(cycle(data.domain), size))  # in the order they came in
+    if system.learns == "mixed":
+        parts = domain, drawn(composition, settings.examples)
+        yield " (domain and composition)", spread(parts, settings.batch_size)
+        return
+    if domain:
+        yield " (domain)", domain
     if not system.one_by_one:
         yield "", drawn(composition, settings.examples)
         return

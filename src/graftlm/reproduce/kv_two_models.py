@@ -25,7 +25,7 @@ TWO = {
     "second": System(title="composed with the second only", only=("second",)),
     "wrong-test": SYSTEMS["wrong-test"],
     "random": System(title="composed with two random models", reads_model="random"),
-    "lora": kv_arithmetic.WITH_EMBEDDINGS["lora"],
+    "lora": kv_arithmetic.TUNED["lora"],
 }
 
 

@@ -23,8 +23,8 @@ class System:
             specialists, randomly initialised ones, or the anchor itself.
         reads: "prompt" keeps the answer from the augmenting models.
         wrong: Whether they read another example in training, or in the test.
-        learns: "domain" trains on the augmenting models' texts too, as many as
-            `Training.domain_examples` says.
+        learns: "domain" trains on the augmenting models' texts first, as many as
+            `Training.domain_examples` says; "mixed" on both at a time.
         alone: For systems without bridges: whose answer it is.
         one_by_one: Whether the augmenting models' bridges are trained in turn, earlier ones frozen.
         only: Of several augmenting models, those that are there; all if empty.
@@ -36,7 +36,7 @@ class System:
     reads_model: Literal["augmenting", "vanilla", "random", "anchor"] = "augmenting"
     reads: Literal["sequence", "prompt"] = "sequence"
     wrong: tuple[Literal["training", "test"], ...] = ()
-    learns: Literal["composition", "domain"] = "composition"
+    learns: Literal["composition", "domain", "mixed"] = "composition"
     alone: Literal["anchor", "augmenting", "pipeline"] | None = None
     one_by_one: bool = False
     only: tuple[str, ...] = ()
