@@ -71,7 +71,7 @@ def test_sliding_anchor_layers_report_themselves():
     assert cache.get_seq_length() == 9
 
 
-def test_a_recurrent_anchor_is_counted_by_a_bridge():
+def test_tokens_of_a_recurrent_anchor_are_counted():
     """Mamba's cache does not count tokens, and asking it raises."""
     model = open_bridges(compose(tiny("mamba"), tiny_llama()))
     cache = model.model.compose_cache(DynamicCache(config=model.anchor.config))

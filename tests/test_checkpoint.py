@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -182,6 +183,59 @@ def test_check_bases_can_be_waived(saved, anchor, augmenting):
     ComposedForCausalLM.from_pretrained(
         saved, anchor=anchor, augmenting=augmenting, check_bases=False
     )
+
+
+def test_bases_that_were_not_checked_are_known_when_it_is_saved(saved, anchor, tmp_path):
+    other = copy.deepcopy(anchor)
+    other.lm_head.weight.data += 1
+    other.save_pretrained(tmp_path / "other")
+    model = ComposedForCausalLM.from_pretrained(
+        saved, anchor=str(tmp_path / "other"), check_bases=False
+    )
+    model.save_pretrained(tmp_path / "again")
+    again = ComposedForCausalLM.from_pretrained(tmp_path / "again")
+    assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
+
+
+def test_how_it_generates_comes_back(model, tmp_path):
+    model.generation_config.max_new_tokens = 7
+    model.save_pretrained(tmp_path / "seven")
+    loaded = ComposedForCausalLM.from_pretrained(tmp_path / "seven")
+    assert loaded.generation_config.max_new_tokens == 7
+    (tmp_path / "seven" / "generation_config.json").unlink()  # then it is the anchor's
+    loaded = ComposedForCausalLM.from_pretrained(tmp_path / "seven")
+    assert loaded.generation_config.max_new_tokens is None
+    (tmp_path / "seven" / "generation_config.json").write_text("{")
+    with pytest.raises(CheckpointMismatchError, match=r"generation_config.json is not valid JSON"):
+        ComposedForCausalLM.from_pretrained(tmp_path / "seven")
+
+
+CUSTOM = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own_llama"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_a_model_with_code_of_its_own_comes_back_if_it_is_trusted(folders, tmp_path):
+    own = shutil.copytree(folders / "anchor", tmp_path / "own")
+    content = json.loads((own / "config.json").read_text())
+    classes = {"AutoConfig": "OwnConfig", "AutoModelForCausalLM": "OwnForCausalLM"}
+    content |= {"model_type": "own_llama"}
+    content |= {"auto_map": {name: f"own_code.{kind}" for name, kind in classes.items()}}
+    (own / "config.json").write_text(json.dumps(content))
+    (own / "own_code.py").write_text(CUSTOM)
+    model = compose(str(own), str(folders / "code"), trust_remote_code=True)
+    model.save_pretrained(tmp_path / "composed")
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        ComposedForCausalLM.from_pretrained(tmp_path / "composed")
+    loaded = ComposedForCausalLM.from_pretrained(tmp_path / "composed", trust_remote_code=True)
+    assert type(loaded.anchor).__name__ == "OwnForCausalLM"
+    assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
 
 
 def test_a_headless_augmenting_model_is_the_same_model(saved, augmenting, model):

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModel
+from transformers.utils.generic import is_flash_attention_requested
 
 from families import (
     REPRESENTATIVE,
@@ -514,6 +515,24 @@ def test_a_copy_uses_its_own_bridges(model, how):
 
 
 # ---- what the anchor offers ----------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_attention_can_be_computed_in_another_way():
+    """Layers did so, but an augmenting model's masks were still of the old kind: it saw ahead."""
+    model, ids = open_bridges(compose(tiny_llama(), tiny("gpt2"), every=2)), token_ids(2, 9)
+    assert model.config._attn_implementation == "sdpa"
+    logits = model(ids).logits
+    model.set_attn_implementation("eager")
+    assert model.config._attn_implementation == "eager"
+    assert_close(model(ids).logits, logits, **TOLERANCE)
+
+
+def test_generate_sees_how_the_anchor_attends():
+    """For flash attention it keeps the mask of a static cache, whose free slots it would read."""
+    anchor = tiny_llama()
+    anchor.config._attn_implementation_internal = "flash_attention_2"
+    assert is_flash_attention_requested(compose(anchor, tiny("gpt2")).config)
 
 
 @torch.no_grad()

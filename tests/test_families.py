@@ -167,6 +167,7 @@ def test_a_vision_model_is_refused_and_told_what_to_load_instead():
         ("eurobert", {}),
         ("gemma3_text", {"use_bidirectional_attention": True}),
         ("gemma4_text", {"use_bidirectional_attention": "all"}),
+        ("llama", {"is_causal": False}),
     ],
 )
 def test_an_encoder_is_refused(family, changes):

@@ -269,6 +269,16 @@ def test_a_prompt_is_read_once_and_what_is_generated_never(position, options):
     assert_close(cached, uncached[:, -9:-1], **TOLERANCE)
 
 
+def test_a_recurrent_anchor_is_counted_on_behind_the_prompt():
+    """Bridges stop at the prompt, and no layer of Mamba's counts: its tokens stood still."""
+    model = composed("mamba", "llama", reads="prompt", position="rotary")
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+    cached = model.generate(token_ids(1, 6), **options)
+    uncached = model.generate(token_ids(1, 6), **options, use_cache=False)
+    assert_close(cached.logits, uncached.logits, **TOLERANCE)
+
+
 def test_beams_over_a_prompt_equal_those_without_a_cache():
     model, batch = composed(reads="prompt"), left_padded([9, 5])
     options = {"num_beams": 3, "max_new_tokens": 7, "do_sample": False, "eos_token_id": None}

@@ -155,8 +155,9 @@ def test_assisted_decoding_rolls_back(family: str, lookup: bool) -> None:
     assert torch.equal(helped, greedy)
 
 
-def test_recurrent_models_are_refused_as_parts_of_assisted_decoding() -> None:
-    model = open_pair("llama", "mamba")
+@pytest.mark.parametrize("family", ["mamba", "lfm2"])
+def test_recurrent_models_are_refused_as_parts_of_assisted_decoding(family: str) -> None:
+    model = open_pair("llama", family)
     with pytest.raises(ValueError, match="stateful"):
         model.generate(**batch_of(PROMPTS[0]), prompt_lookup_num_tokens=3, max_new_tokens=4)
 
@@ -251,6 +252,44 @@ def test_reading_the_prompt_only_is_exact_too() -> None:
             use_cache=False, prompt_mask=torch.ones_like(batch["input_ids"]),
         ).logits  # fmt: skip
     torch.testing.assert_close(cached, whole[:, -7:-1], atol=5e-6, rtol=1e-5)
+
+
+def test_a_prompt_is_all_that_is_read_without_a_cache_too() -> None:
+    """Without padding `generate` gives positions and no mask, as packed documents have."""
+    model, batch = open_pair("llama", "gemma2", reads="prompt"), batch_of(PROMPTS[0])
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+    cached = model.generate(**batch, **options)
+    uncached = model.generate(**batch, **options, use_cache=False)
+    assert torch.equal(cached.sequences, uncached.sequences)
+    torch.testing.assert_close(cached.logits, uncached.logits, atol=5e-6, rtol=1e-5)
+
+
+def test_packed_documents_read_what_a_prompt_mask_allows() -> None:
+    model = open_pair(reads="prompt")
+    ids = batch_of("The quick brown fox jumps")["input_ids"]
+    positions = torch.arange(ids.shape[1])[None] % 5
+    prompt = (positions < 3).long()
+    calls = []
+    view = model.model.running_view("augmenting")
+    view.register_forward_pre_hook(
+        lambda _, args, options: calls.append(options["input_ids"]), with_kwargs=True
+    )
+    with torch.no_grad():
+        model(input_ids=ids, position_ids=positions, prompt_mask=prompt, use_cache=False)
+        read = torch.cat(calls, 1).shape[1]
+        calls.clear()
+        model(input_ids=ids, position_ids=positions, use_cache=False)
+    assert read < torch.cat(calls, 1).shape[1]
+
+
+def test_what_the_processor_prepares_generates_with_the_anchor_only_too() -> None:
+    model = open_pair()
+    inputs = model.processor(PROMPTS[:1])
+    options = {"max_new_tokens": 4, "do_sample": False}
+    with model.anchor_only():
+        alone = model.generate(**inputs, read_ids=inputs["input_ids"], **options)
+    assert torch.equal(alone, model.anchor.generate(inputs["input_ids"], **options))
 
 
 def test_what_the_processor_prepares_is_what_the_model_reads() -> None:
@@ -452,6 +491,17 @@ def test_other_tokens_are_read_for_the_prompt_only(use_cache: bool, prompt: str)
         with torch.no_grad():
             logits = model(input_ids=now, read_ids=read, use_cache=False).logits[:, -1]
         assert int(logits.argmax()) == int(written[0, length + step])
+
+
+def test_other_tokens_can_be_read_in_pieces() -> None:
+    model = open_pair()
+    ids = batch_of("The quick brown fox jumps")["input_ids"]
+    options = {"read_ids": ids.flip(1) + 1, "max_new_tokens": 6, "do_sample": False}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+    whole = model.generate(ids, **options)
+    pieces = model.generate(ids, **options, prefill_chunk_size=4)
+    assert torch.equal(pieces.sequences, whole.sequences)
+    torch.testing.assert_close(pieces.logits, whole.logits, atol=5e-6, rtol=1e-5)
 
 
 def test_a_prompt_has_ended_when_reading_goes_on_without_a_mask() -> None:

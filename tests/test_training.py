@@ -431,6 +431,22 @@ def test_signals_are_left_alone_outside_the_main_thread() -> None:
     assert handlers == [signal.default_int_handler]
 
 
+def test_a_signal_behind_the_last_step_finishes(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It came too late for a checkpoint, and the trained bridges were lost."""
+
+    def late(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == state.max_steps:
+            self.receive(signal.SIGINT, None)
+
+    monkeypatch.setattr(Interruption, "on_evaluate", late, raising=False)
+    values["training"] |= {"save_strategy": "no", "eval_strategy": "steps", "eval_steps": 12}
+    outcome = prepare(Recipe.from_mapping(values | {"eval_fraction": 0.2})).run()
+    assert outcome.stopped_by is None
+    assert Path(outcome.folder, "model.safetensors").exists()
+
+
 # ---- processes ---------------------------------------------------------------------------
 
 

@@ -184,10 +184,11 @@ def read_batch(
     Returns:
         The tokens to run, and the readings after them.
     """
-    wanted = [[True] * tokens.shape[1]] * len(tokens) if is_read is None else is_read.tolist()
     rows = [
         read_row(reader, reading, row, keep)
-        for reading, row, keep in zip(readings, tokens.tolist(), wanted, strict=True)
+        for reading, row, keep in zip(
+            readings, tokens.tolist(), wanted(tokens, is_read), strict=True
+        )
     ]
     # Whole rows get a hole at least: with nothing to read, a bridge still belongs to the graph.
     at_least = int(all(reading is None for reading in readings))
@@ -195,20 +196,38 @@ def read_batch(
     return made, [row.reading for row in rows]
 
 
+def wanted(tokens: Int[Tensor, "batch seq"], is_read: Tensor | None) -> list[list[bool]]:
+    """Which tokens are for the augmenting model; all if nothing is said."""
+    if is_read is None:
+        return [[True] * tokens.shape[1]] * len(tokens)
+    return is_read.bool().tolist()
+
+
 def read_documents(
-    reader: Reader, tokens: Int[Tensor, "batch seq"], position_ids: Int[Tensor, "batch seq"]
+    reader: Reader,
+    tokens: Int[Tensor, "batch seq"],
+    position_ids: Int[Tensor, "batch seq"],
+    is_read: Tensor | None,
 ) -> AugmentingTokens:
     """Read rows of packed documents, each from a fresh start.
 
     A document begins wherever the positions do not go on by one, as in `packed_segments`.
+
+    Args:
+        reader: Of the augmenting model.
+        tokens: Anchor tokens.
+        position_ids: Their positions.
+        is_read: As in `read_batch`.
     """
     rows = []
-    for row, positions in zip(tokens.tolist(), position_ids.tolist(), strict=True):
+    for row, positions, keep in zip(
+        tokens.tolist(), position_ids.tolist(), wanted(tokens, is_read), strict=True
+    ):
         starts = [k for k, p in enumerate(positions) if k == 0 or p != positions[k - 1] + 1] + [
             len(row)
         ]
         documents = [
-            read_row(reader, None, row[start:end], [True] * (end - start))
+            read_row(reader, None, row[start:end], keep[start:end])
             for start, end in itertools.pairwise(starts)
         ]
         rows.append(row_columns(documents))

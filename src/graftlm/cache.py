@@ -52,6 +52,7 @@ class ComposedCache(Cache):
         self.readings = readings
         self.bridges = bridges
         self.bridges_of = bridges_of
+        self.num_tokens = 0  # that the anchor has seen, for one whose layers do not count
 
     @classmethod
     def around(
@@ -113,6 +114,7 @@ class ComposedCache(Cache):
         """
         before = self.get_seq_length()
         self.anchor.crop(tokens_to_remove)
+        self.num_tokens += tokens_to_remove
         after = self.get_seq_length()
         shared: list[Any] = [
             self.bridges.layers[i] for name in self.augmenting for i in self.bridges_of[name]
@@ -155,24 +157,26 @@ class ComposedCache(Cache):
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
+        self.num_tokens = 0
         for reading in self.readings.values():
             reading.reset()
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         """Tokens the anchor has seen, as a tensor if its cache is static.
 
-        A recurrent anchor does not count, so a bridge does.
+        A recurrent anchor does not count, so we do.
         """
         if any(isinstance(layer, CacheLayerMixin) for layer in self.anchor.layers):
             return self.anchor.get_seq_length(layer_idx)
-        if not self.anchor.layers:
-            return 0
-        layers: list[Any] = self.bridges.layers
         shared: list[Any] = [
-            layers[index] for name in self.augmenting for index in self.bridges_of[name]
+            self.bridges.layers[i] for name in self.augmenting for i in self.bridges_of[name]
         ]
-        lengths = [layer.get_seq_length() for layer in shared]
-        return max([*lengths, *(reading.num_columns for reading in self.readings.values())])
+        return max([self.num_tokens, *(layer.get_seq_length() for layer in shared)])
+
+    def advance(self, number: int) -> None:
+        """Count the tokens of a pass; in compiled code, which could not, the bridges do."""
+        if not torch.compiler.is_compiling():
+            self.num_tokens += number
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """Tokens the anchor's cache can hold, -1 if unlimited."""

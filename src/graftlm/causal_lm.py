@@ -17,12 +17,13 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import ModelOutput
 
 from graftlm import decoder
-from graftlm.augmenting_tokens import AugmentingTokens
+from graftlm.augmenting_tokens import AugmentingTokens, keeps_keys_only
 from graftlm.cache import ComposedCache
 from graftlm.composed import ComposedModel
 from graftlm.config import ComposedConfig, Connection
 from graftlm.explain import Explanation, explain
 from graftlm.growing_cache import let_grow
+from graftlm.own_tokens import has_reader
 from graftlm.passes import (
     PassInputs,
     anchor_only_keys,
@@ -66,6 +67,7 @@ class ComposedForCausalLM(SavesBridges, GenerationMixin):
         if device_map is not None:
             self.hf_device_map = device_map  # Trainer and generate ask for it
         self.generation_config = copy.deepcopy(anchor.generation_config)
+        self.show_attn_implementation()
         self.eval()
 
     # ---- parts ---------------------------------------------------------------------------
@@ -93,7 +95,21 @@ class ComposedForCausalLM(SavesBridges, GenerationMixin):
     @property
     def _is_stateful(self) -> bool:  # pyrefly: ignore[bad-override]
         """Whether a part keeps a state that cannot be rolled back."""
-        return any(base._is_stateful for base in (self.anchor, *self.augmenting.values()))
+        return any(base._is_stateful for base in (self.anchor, *self.augmenting.values())) or any(
+            has_reader(self.model, name)
+            and not keeps_keys_only(self.model.running_view(name).config)
+            for name in self.augmenting
+        )
+
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, in all parts; the bridges' attention stays what it is."""
+        super().set_attn_implementation(*args, **kwargs)
+        self.show_attn_implementation()
+
+    def show_attn_implementation(self) -> None:
+        """Let `generate` see how the anchor attends: it makes masks for flash attention only."""
+        anchor = decoder.text_config(self.anchor.config)
+        self.config._attn_implementation_internal = anchor._attn_implementation
 
     def get_output_embeddings(self) -> nn.Module | None:
         """The anchor's head."""
@@ -303,6 +319,8 @@ class ComposedForCausalLM(SavesBridges, GenerationMixin):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; within `anchor_only` the anchor's own, with its own settings."""
         if self.is_anchor_only:
+            for name in ("prompt_mask", "read_ids", "augmenting_inputs", "frozen_states"):
+                kwargs.pop(name, None)  # for the augmenting models
             return self.anchor.generate(*args, **kwargs)  # pyrefly: ignore[not-callable]
         return super().generate(*args, **kwargs)  # pyrefly: ignore[bad-argument-type]
 
@@ -345,7 +363,10 @@ class ComposedForCausalLM(SavesBridges, GenerationMixin):
             # They stand for the prompt; what is generated is read as it is.
             ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
             read = torch.cat([read_ids, ids[:, read_ids.shape[1] :]], dim=1)
-            inputs["read_ids"] = read[:, -inputs["input_ids"].shape[1] :]
+            # Not the last ones: a long prompt can come in pieces (prefill_chunk_size).
+            cache = inputs.get("past_key_values")
+            past = 0 if cache is None else int(cache.get_seq_length())
+            inputs["read_ids"] = read[:, past : past + inputs["input_ids"].shape[1]]
         return inputs
 
     def _prepare_cache_for_generation(  # pyrefly: ignore[bad-override]

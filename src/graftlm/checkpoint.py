@@ -21,6 +21,7 @@ from graftlm.sharding import whole_shape
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
+GENERATION = "generation_config.json"
 PREFIX = "model.bridges."
 
 
@@ -46,7 +47,7 @@ def write_checkpoint(
         folder: Where to.
         config: Of the composed model.
         tensors: The bridges' weights, named `model.bridges.*`.
-        generation_config: The anchor's.
+        generation_config: As the model has it now.
         tokenizer: The anchor's, or the processor with all of them, if it is at hand.
         num_parameters: Parameters of each part, for the model card.
     """
@@ -119,6 +120,23 @@ def read_weights(folder: str, config: ComposedConfig, **hub_options: Any) -> dic
         return load_file(path)
     except SafetensorError as error:
         raise CheckpointMismatchError(f"{path} is not a safetensors file: {error}") from error
+
+
+def read_generation_config(folder: str, **hub_options: Any) -> GenerationConfig | None:
+    """How the composed model generates, or None if nothing is said.
+
+    Raises:
+        CheckpointMismatchError: If the file is damaged.
+    """
+    path = cached_file(
+        folder, GENERATION, _raise_exceptions_for_missing_entries=False, **hub_options
+    )
+    if path is None:
+        return None
+    try:
+        return GenerationConfig.from_pretrained(os.path.dirname(path))
+    except OSError as error:
+        raise CheckpointMismatchError(f"{path} is not valid JSON; restore it") from error
 
 
 def find(folder: str, name: str, hub_options: Mapping[str, Any]) -> Path:

@@ -45,7 +45,8 @@ class ComposedPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    _supports_sdpa = True
+    # There is no attention here but the bridges'; the bases know what they support.
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
     _no_split_modules = ["Bridge"]  # noqa: RUF012 (transformers assigns it per instance)
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -136,7 +137,12 @@ class ComposedModel(ComposedPreTrainedModel):
         model = self.augmenting[name]
         layers = list(decoder.layer_list(model))
         known, view = self._views.get(name, ([], None))
-        if view is None or any(a is not b for a, b in zip(known, layers, strict=True)):
+        if (
+            view is None
+            or any(a is not b for a, b in zip(known, layers, strict=True))
+            # The layers are told by the model's configuration, masks are made by the view's.
+            or decoder.implementations(view) != decoder.implementations(model)
+        ):
             highest = max(
                 c.augmenting_layer for c in self.config.connections if c.augmenting == name
             )
@@ -399,6 +405,8 @@ class ComposedModel(ComposedPreTrainedModel):
         )
         with forward_pass:
             output = part(input_ids=inputs.input_ids, return_dict=True, **arguments)
+        if cache is not None:
+            cache.advance(inputs.input_ids.shape[1])
         expected = len({connection.anchor_layer for connection in self.config.connections})
         if forward_pass.bridged != expected:
             raise RuntimeError(

@@ -315,14 +315,17 @@ class ComposedConfig(PreTrainedConfig):
 
 def as_config(config: Any) -> PreTrainedConfig | None:
     """A configuration object from one, or from its dictionary."""
-    if isinstance(config, dict):
-        if config.get("model_type") not in CONFIG_MAPPING:
-            raise CheckpointMismatchError(
-                f"this transformers knows no model type {config.get('model_type')!r}, which the "
-                "checkpoint was composed of; upgrade transformers"
-            )
+    if not isinstance(config, dict):
+        return config
+    kind = config.get("model_type")
+    if kind in CONFIG_MAPPING:
         return AutoConfig.for_model(**config)
-    return config
+    if "auto_map" in config:  # of a model with code of its own, which comes when it is loaded
+        return type("CustomConfig", (PreTrainedConfig,), {"model_type": kind})(**config)
+    raise CheckpointMismatchError(
+        f"this transformers knows no model type {kind!r}, which the checkpoint was composed of; "
+        "upgrade transformers"
+    )
 
 
 AutoConfig.register("graftlm", ComposedConfig, exist_ok=True)

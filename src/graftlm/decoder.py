@@ -79,7 +79,10 @@ def is_encoder(model: PreTrainedModel) -> bool:
     takes_cache = declares(forward, "past_key_values") or declares(forward, "cache_params")
     # GPT-NeoX has BERT's flag too, and does not use it.
     is_bert = getattr(config, "is_decoder", True) is False and hasattr(inner, "encoder")
-    sees_all = getattr(config, "use_bidirectional_attention", None) in (True, "all")
+    sees_all = (
+        getattr(config, "use_bidirectional_attention", None) in (True, "all")
+        or getattr(config, "is_causal", True) is False
+    )
     return not takes_cache or is_bert or sees_all
 
 
@@ -174,6 +177,12 @@ def shorten(model: PreTrainedModel, length: int) -> PreTrainedModel:
         if values is not None:
             setattr(view.config, per_layer, values[:length])
     return view
+
+
+def implementations(model: PreTrainedModel) -> tuple[str | None, str | None]:
+    """How the decoder computes attention, and experts."""
+    config = text_config(model.config)
+    return config._attn_implementation, config._experts_implementation
 
 
 def view_of(module: Any) -> Any:

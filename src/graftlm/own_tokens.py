@@ -91,9 +91,10 @@ def read_tokens(model: "ComposedModel", name: str, inputs: "PassInputs") -> Augm
         made: Any = {key: tensor.to(device) for key, tensor in prepared.items()}
         return made
     tokens, position_ids = inputs.tokens_to_read, inputs.position_ids
-    if inputs.attention_mask is None and position_ids is not None:
-        return read_documents(reader(model, name), tokens, position_ids.expand_as(tokens))
     is_read = inputs.columns_to_read(0)
+    if inputs.attention_mask is None and position_ids is not None:
+        positions = position_ids.expand_as(tokens)
+        return read_documents(reader(model, name), tokens, positions, is_read)
     return read_batch(reader(model, name), [None] * len(tokens), tokens, is_read)[0]
 
 

@@ -103,6 +103,7 @@ class Interruption(TrainerCallback):
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self.has_stopped = False  # a signal after the last step is too late
         self.process = os.getpid()
 
     @contextmanager
@@ -135,12 +136,12 @@ class Interruption(TrainerCallback):
             torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
             self.signal = signal.Signals(int(number)) if int(number) else None
         if self.signal is not None:
-            control.should_save = control.should_training_stop = True
+            self.has_stopped = control.should_save = control.should_training_stop = True
             control.should_evaluate = False
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """The checkpoint is written already; do not spend time on evaluation."""
-        if self.signal is not None:
+        if self.has_stopped:
             control.should_save = control.should_evaluate = False

@@ -23,6 +23,7 @@ from graftlm.checkpoint import (
     bridge_weights,
     check_names,
     read_config,
+    read_generation_config,
     read_weights,
     write_checkpoint,
 )
@@ -218,6 +219,8 @@ class SavesBridges(ComposedPreTrainedModel):
             loaded[name] = load_base(base, role, **options, **at)
             if given.get(name) and reference(loaded[name]):
                 known |= {"name_or_path": reference(loaded[name]), "revision": None}
+            if given.get(name) and not check_bases:
+                known["fingerprint"] = None  # of another model, perhaps; taken anew when saving
             if check_bases:
                 was = config.anchor_config if is_anchor else config.augmenting_configs[name]
                 print_of = known.get("fingerprint")
@@ -239,8 +242,11 @@ class SavesBridges(ComposedPreTrainedModel):
         model.model.bridges.to(next(iter(tensors.values())).dtype)
         model.load_state_dict(tensors, strict=False)
         model.config.name_or_path = folder
+        generation_config = read_generation_config(folder, **hub_options)
+        if generation_config is not None:
+            model.generation_config = generation_config
         if processor is None:
-            model.set_tokenizers(find_tokenizer(os.path.join(folder, subfolder)), {})
+            model.set_tokenizers(find_tokenizer(folder, subfolder), {})
         else:
             model.set_tokenizers(processor.tokenizer, processor.augmenting_tokenizers)
         return model

@@ -27,7 +27,7 @@ MORE_PROBES = (
 )
 
 
-def find_tokenizer(name_or_path: str | None) -> PreTrainedTokenizerBase | None:
+def find_tokenizer(name_or_path: str | None, subfolder: str = "") -> PreTrainedTokenizerBase | None:
     """The tokenizer that lies beside a model, or None; never asks the network."""
     if not name_or_path:
         return None
@@ -35,13 +35,17 @@ def find_tokenizer(name_or_path: str | None) -> PreTrainedTokenizerBase | None:
         name_or_path = gguf.resolve(name_or_path)
     except ValueError:  # the file is gone, or cannot be read
         return None
-    if os.path.isdir(name_or_path) and not any(
-        name.startswith(("tokenizer", "vocab", "spiece", "sentencepiece"))
-        for name in os.listdir(name_or_path)
-    ):
-        return None
+    if os.path.isdir(name_or_path):
+        name_or_path, subfolder = os.path.join(name_or_path, subfolder), ""
+        if not any(
+            name.startswith(("tokenizer", "vocab", "spiece", "sentencepiece"))
+            for name in os.listdir(name_or_path)
+        ):
+            return None
     try:
-        return AutoTokenizer.from_pretrained(name_or_path, local_files_only=True)
+        return AutoTokenizer.from_pretrained(
+            name_or_path, subfolder=subfolder, local_files_only=True
+        )
     except (OSError, ValueError, KeyError):  # no tokenizer there, or not on this machine
         return None
 

@@ -115,7 +115,7 @@ class Training:
             with interruption.caught():
                 trainer.train(resume_from_checkpoint=self.checkpoint)
             step = trainer.state.global_step
-            if interruption.signal is not None:
+            if interruption.has_stopped:
                 folder = str(Path(self.recipe.output_dir, f"checkpoint-{step}"))
                 return Outcome(folder=folder, step=step, metrics={}, stopped_by=interruption.signal)
             metrics = self.final_metrics(trainer)
