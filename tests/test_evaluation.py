@@ -19,7 +19,7 @@ import graftlm.lm_eval
 from graftlm import evaluation
 from graftlm.checkpoint import read_config
 from graftlm.evaluation import evaluate
-from graftlm.harness import GraftLM
+from graftlm.harness import GraftLM, chat_templates
 from lm_tasks import CHOICES, write_tasks
 from tiny import save_model, write_lines
 
@@ -132,6 +132,15 @@ def test_what_no_weight_shows_is_another_model(folder, tmp_path, change):
     assert one != other
 
 
+def test_a_changed_chat_template_is_another_argument(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "other")
+    (tmp_path / "other" / "chat_template.jinja").write_text("{{ messages }}")
+    one, other = (
+        chat_templates(place, read_config(str(place))) for place in (folder, tmp_path / "other")
+    )
+    assert {part for part in one if one[part] != other[part]} == {"composed", "anchor"}
+
+
 def test_changed_tasks_are_other_arguments(folder, tasks, tmp_path):
     options: dict[str, Any] = {
         "include_path": tasks,
@@ -218,6 +227,9 @@ def test_flores_has_five_shots_and_chrf(folder, tmp_path, monkeypatch):
     prompt = samples[1]["arguments"][0][0]
     assert prompt.endswith("\n\nLigurian: paròlla devtest 1\nEnglish:")
     assert prompt.count("English: word dev ") == 5
+    write_lines(tmp_path / "flores" / "dev" / "eng_Latn.dev", *["other"] * 6)
+    with pytest.raises(ValueError, match="holds results for flores200 '"):
+        evaluate(folder, ["flores200_lij_en"], **options)
 
 
 @pytest.mark.slow

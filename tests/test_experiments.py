@@ -1,9 +1,11 @@
 """The harness of the experiments, on tiny models: the whole way, folders, processes, flags."""
 
 import argparse
+import io
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -90,6 +92,7 @@ def test_the_whole_experiment(
         "| **composed (CALM)** |",
         "What m_B could do before",
         "near: ablations",
+        "near: composed less the others",
         "None.",
     ):
         assert words in text
@@ -135,6 +138,9 @@ def test_a_stopped_experiment_goes_on(
     ours, theirs = alone["losses"]["lora"][0], first["losses"]["lora"][0]
     assert ours[0][1] == pytest.approx(theirs[0][1], 1e-6)  # the very same start
     changed = replace(experiment.composition, num_heads=2)
+    with pytest.raises(ValueError, match="composition.num_heads"):
+        run.run(replace(experiment, composition=changed), **asked)
+    (tmp_path / run.MARK).unlink()
     run.run(replace(experiment, composition=changed), **asked)
     assert sorted(ran[1:]) == ["anchor", "composed", "lora"]  # the anchor once, not for each seed
 
@@ -151,6 +157,15 @@ def test_an_outcome_is_kept_under_what_it_depends_on(
 
     assert path(title="another name for the same row") == path()
     assert path(composition={"width": 16}) != path()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_model_is_known_by_its_files(models: Models, tmp_path: Path, name: str) -> None:
+    copied = shutil.copytree(models.anchor, tmp_path / "anchor")
+    before = kept.mark_of(copied)
+    assert before == kept.mark_of(models.anchor)
+    (copied / name).write_bytes((copied / name).read_bytes() + b" ")
+    assert kept.mark_of(copied) != before
 
 
 def test_a_killed_process_is_explained(
@@ -178,6 +193,34 @@ def test_a_killed_process_is_explained(
     study = kept.Study(experiment=experiment, models=models, folder=tmp_path, device="cpu")
     with pytest.raises(OSError, match="was killed, perhaps because memory ran out"):
         list(jobs.outcomes(study, jobs.jobs_of(experiment, [("composed", 1)]), 2, QUIET))
+
+
+def test_a_failed_job_is_told_before_the_others_end(
+    experiment: Experiment, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Here:
+        def __init__(self, *args: Any, **kwargs: Any):
+            pass
+
+        def __enter__(self) -> "Here":
+            return self
+
+        def __exit__(self, *args: Any) -> None:
+            pass
+
+        def submit(self, *args: Any) -> Future:
+            future: Future = Future()
+            future.set_exception(ValueError("there is no such thing"))
+            return future
+
+        def shutdown(self, **kwargs: Any) -> None:
+            assert "composed, seed 0, failed (there is no such thing)" in console.export_text()
+
+    monkeypatch.setattr(jobs, "ProcessPoolExecutor", Here)
+    console = Console(record=True, quiet=False, file=io.StringIO())
+    study = kept.Study(experiment=experiment, models=models, folder=tmp_path, device="cpu")
+    with pytest.raises(ValueError, match="no such thing"):
+        list(jobs.outcomes(study, jobs.jobs_of(experiment, [("composed", 1)]), 2, console))
 
 
 def seen_gpu(number: int) -> str:

@@ -5,6 +5,8 @@ import math
 import signal
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -74,7 +76,7 @@ def test_a_tokenizer_is_trained_once(tmp_path, monkeypatch) -> None:
     first = find_tokenizer(LINES, 280, tmp_path)
     monkeypatch.setattr(language_model, "train_tokenizer", lambda *_: pytest.fail("again"))
     assert find_tokenizer(LINES, 280, tmp_path).get_vocab() == first.get_vocab()
-    [folder] = tmp_path.iterdir()
+    [folder] = tmp_path.glob("tokenizer-*")
     assert tokenizer_of(folder)(LINES)["input_ids"] == first(LINES)["input_ids"]
 
 
@@ -153,6 +155,24 @@ def test_an_interrupted_training_goes_on(trained, tmp_path, monkeypatch) -> None
     assert kinds == {".json", ".safetensors"}
     assert_same_weights(train(tmp_path), trained)
     assert not work.exists()
+
+
+def test_one_process_at_a_time_makes_a_folder(tmp_path, capsys) -> None:
+    """The second of two runs removed what the first was at."""
+    order = []
+
+    def second() -> None:
+        with language_model.alone(tmp_path / "model"):
+            order.append("second")
+
+    with language_model.alone(tmp_path / "model"):
+        waiting = threading.Thread(target=second)
+        waiting.start()
+        while "waiting for the process that makes" not in capsys.readouterr().err:
+            time.sleep(0.01)
+        order.append("first")
+    waiting.join()
+    assert order == ["first", "second"]
 
 
 @pytest.mark.slow

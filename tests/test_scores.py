@@ -132,6 +132,7 @@ def cell(mean: float, difference: float | None = None, p: float = 0.001) -> stat
         ({"beats": ("lora",), "margin": 10, "level": 0.01}, True),
         ({"beats": ("lora",), "margin": 50}, False),
         ({"beats": ("lora", "random")}, None),
+        ({"beats": ("lora", "random"), "margin": 50}, False),  # lost, whatever random does
         ({"beats": ("lora",), "level": 0.0001}, False),
         ({"at_least_ratio": 0.98}, True),
         ({"at_most_ratio": 1.01}, False),

@@ -275,11 +275,15 @@ def test_answers_end_where_the_test_says() -> None:
     assert answering.cut("\n a b \nmore\n", "\n") == "a b"
     assert answering.cut(" a\nb", None) == " a\nb"
     tokenizer = character_tokenizer()
-    assert set(answering.ends(tokenizer, "\n")) == {
-        tokenizer.eos_token_id,
-        tokenizer.convert_tokens_to_ids("\n"),
-    }
-    assert answering.ends(tokenizer, None) == [tokenizer.eos_token_id]
+    model = tiny("llama")
+    end, line = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("\n")
+    model.generation_config.eos_token_id = None
+    assert set(answering.ends(tokenizer, "\n", model)) == {end, line}
+    assert answering.ends(tokenizer, None, model) == [end]
+    model.generation_config.eos_token_id = 99
+    assert set(answering.ends(tokenizer, None, model)) == {end, 99}
+    model.generation_config.eos_token_id = [98, 99]  # a chat model's
+    assert set(answering.ends(tokenizer, None, model)) == {end, 98, 99}
 
 
 def test_controls_are_what_they_are_called(experiment: Experiment, models: Models) -> None:
@@ -326,6 +330,12 @@ def test_lora_has_about_as_many_weights_and_starts_alike(
     assert abs(runner.trainable(adapted.model) - bridges) <= sizes
     ours, theirs = (dict(found.model.named_parameters()) for found in (adapted, again))
     assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
+
+
+def test_maps_of_gpt2_are_linear_too() -> None:
+    """They are transformers' own kind; the LoRA control divided by zero."""
+    sizes = runner.linear_sizes(tiny("gpt2"))
+    assert set(sizes) == {"c_attn", "c_proj", "c_fc"}
 
 
 @pytest.mark.parametrize("fast", [True, False])
@@ -544,6 +554,11 @@ def test_what_the_pipeline_writes_is_judged(
     assert [one.passed for one in found] == [True, True]
     assert all(text.startswith("begun ") and len(text) > len("begun ") for text in given)
     assert generated.tokens > 0
+    given.clear()
+    one = replace(tests["near"], answered=1)
+    found = jobs.answer(study, system, made, data, some, one, generated)
+    assert [one.passed for one in found] == [True, None]
+    assert len(given) == 1  # what nobody wrote is no program
 
 
 def test_tokens_are_counted_with_their_seconds() -> None:

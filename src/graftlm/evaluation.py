@@ -84,11 +84,14 @@ def evaluate(
         "limit": limit,
         "apply_chat_template": apply_chat_template,
     }
+    flores = os.environ.get("GRAFTLM_FLORES200")
     arguments = settings | {
         "model": identity(config),
         "tasks": sorted(tasks),
         "seed": seed,
         "task_files": None if include_path is None else files_hash(Path(include_path)),
+        "flores200": files_hash(Path(flores)) if flores else None,
+        "chat_templates": harness.chat_templates(folder, config) if apply_chat_template else None,
         "loading": {name: str(loading[name]) for name in LOADING if loading.get(name)},
         **{name: version(name) for name in ("lm_eval", "graftlm", "torch", "transformers")},
     }

@@ -4,6 +4,7 @@
 """
 
 import copy
+import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -273,6 +274,20 @@ def tokenizer_of(
     if found is None:
         found = find_tokenizer(config.bases.get(base, {}).get("name_or_path"))
     return copy.deepcopy(found if found is not None else ours.get("anchor"))
+
+
+def chat_templates(folder: str | os.PathLike[str], config: ComposedConfig) -> dict[str, str]:
+    """A hash of what each part's chats are written by."""
+    processor = None
+    if set(config.alignments.values()) != {"identity"}:
+        processor = ComposedProcessor.from_pretrained(os.fspath(folder), config)
+    elif tokenizer := find_tokenizer(os.fspath(folder)):
+        processor = ComposedProcessor(tokenizer, {}, config)
+    found = {part: tokenizer_of(processor, config, part) for part in part_names(config)}
+    return {
+        part: hashlib.sha256(repr(getattr(tokenizer, "chat_template", None)).encode()).hexdigest()
+        for part, tokenizer in found.items()
+    }
 
 
 def set_scales(model: ComposedForCausalLM, scale: float | Mapping[str, float] | None) -> None:

@@ -61,7 +61,8 @@ def ask(
         for number, (text, ended) in enumerate(said):
             answers[number] = replace(answers[number], text=text, ended=ended)
     if "tests" in needs and run_code is not None:
-        answers = judged(examples, answers, run_code)
+        asked = examples[: test.answered]
+        answers[: len(asked)] = judged(asked, answers[: len(asked)], run_code)
     return answers
 
 
@@ -117,7 +118,7 @@ def say(
     features = runner.encode(examples)
     generated = generated or Generated()
     said = [("", False)] * len(examples)
-    end_ids, device = ends(runner.tokenizer, test.stop), runner.model.device
+    end_ids, device = ends(runner.tokenizer, test.stop, runner.model), runner.model.device
     for numbers in by_length(features, batch_size):
         batch = [features[k] for k in numbers]
         sizes = [sum(label == IGNORED for label in feature["labels"]) for feature in batch]
@@ -167,9 +168,13 @@ def cut(text: str, stop: str | None) -> str:
     return text if stop is None else text.strip().split(stop)[0].strip()
 
 
-def ends(tokenizer: PreTrainedTokenizerBase, stop: str | None) -> list[int]:
-    """The tokens that end an answer: the end of the text, and those that begin with `stop`."""
+def ends(tokenizer: PreTrainedTokenizerBase, stop: str | None, model: Any) -> list[int]:
+    """The tokens that end an answer: those that end a text of the model's, and `stop`."""
     found: set[Any] = {tokenizer.eos_token_id}
+    # Chat models name several. Gone on behind one, the text would be joined where it ended.
+    of_model = model.generation_config.eos_token_id
+    found |= {*of_model} if isinstance(of_model, (list, tuple)) else {of_model}
+    found.discard(None)
     for text in () if stop is None else (stop, stop + "\n"):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         found |= set(ids) if len(ids) == 1 else set()

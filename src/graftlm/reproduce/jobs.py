@@ -139,6 +139,13 @@ def made(
         }
         try:
             for future in as_completed(futures):
+                if error := future.exception():
+                    job = jobs[futures[future]]
+                    console.print(
+                        f"{job.name}, seed {job.seed}, failed ({error}); what runs now still ends "
+                        "and is kept",
+                        markup=False,
+                    )
                 yield futures[future], future.result()
         except BrokenProcessPool as error:
             raise OSError(
@@ -347,7 +354,8 @@ def answer(
         for one, (_, beginning) in zip(found, pairs, strict=True)
     ]
     if any(metric.needs == "tests" for metric in test.metrics):
-        answers = judged(examples, answers, study.run_code)
+        asked = examples[: test.answered]
+        answers[: len(asked)] = judged(asked, answers[: len(asked)], study.run_code)
     return answers
 
 

@@ -13,6 +13,7 @@ from graftlm.reproduce.files import write_text
 from graftlm.reproduce.metrics import Answer
 
 FORMAT = 2  # of a kept outcome
+MODEL_FILES = ("*.safetensors", "config.json", "generation_config.json", "tokenizer*", "*.jinja")
 Answers = dict[str, dict[str, list[Answer]]]  # by test and group
 
 
@@ -103,7 +104,10 @@ def fingerprint(study: Study, job: Job, data_hash: str) -> str:
             "in_bf16": experiment.in_bf16,
             "data": data_hash,
             "device": study.device.partition(":")[0],
-            "versions": [version(name) for name in ("graftlm", "torch", "transformers")],
+            # Without a build's own part: 2.13.0+cpu computes what 2.13.0 does.
+            "versions": [
+                version(name).partition("+")[0] for name in ("graftlm", "torch", "transformers")
+            ],
         }
     )
 
@@ -115,9 +119,9 @@ def told(test: Test) -> list[Any]:
 
 
 def mark_of(path: Path) -> str:
-    """The bytes of a model's weights."""
+    """The bytes of a model's weights, configuration and tokenizer."""
     digest = hashlib.sha256()
-    for file in sorted(path.glob("*.safetensors")):
+    for file in sorted(file for kind in MODEL_FILES for file in path.glob(kind)):
         with file.open("rb") as opened:
             digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
@@ -151,9 +152,10 @@ def find_tokenizer(
         output: The folder it is kept in, under a name of its own.
     """
     folder = Path(output, f"tokenizer-{fingerprint(vocabulary, *texts)}")
-    if not folder.exists():
-        with unfinished(folder) as temporary:
-            train_tokenizer(texts, vocabulary).save_pretrained(temporary)
+    with alone(folder):
+        if not folder.exists():
+            with unfinished(folder) as temporary:
+                train_tokenizer(texts, vocabulary).save_pretrained(temporary)
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
@@ -166,6 +168,22 @@ def unfinished(folder: Path) -> Iterator[Path]:
         filled.mkdir()
         yield filled
         filled.replace(folder)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Let one process at a time make a folder; another one waits, and finds it made."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        Console(stderr=True).print(f"waiting for the process that makes {folder}", markup=False)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def fingerprint(*values: Any) -> str:
@@ -311,35 +329,37 @@ def train_language_model(
     start = start_from and sha256(Path(start_from, "model.safetensors"))
     key = fingerprint(asdict(settings), seed, start, tokenizer.backend_tokenizer.to_str(), *texts)
     folder = Path(output, f"model-{key}")
-    if (folder / RECORD).exists():
-        return folder
-    rows = pack(texts, tokenizer, settings.row_length)
-    steps = settings.steps(len(rows))
-    work = Path(output, f"model-{key}.partial")
-    model = first_model(settings, tokenizer, start_from, seed)
-    losses = fit(
-        model,
-        Rows(rows, steps * settings.batch_size, seed),
-        settings,
-        steps,
-        work=work,
-        device=device,
-        console=console or Console(stderr=True),
-        title=title,
-    )
-    record = {
-        "settings": asdict(settings),
-        "seed": seed,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "tokens of the texts": rows.numel(),
-        "passes over them": steps * settings.batch_size / len(rows),
-        "losses": losses,
-        "bits per byte": {
-            name: bits_per_byte(model, tokenizer, some) for name, some in (held_out or {}).items()
-        },
-    }
-    keep(model, tokenizer, record, folder)
-    shutil.rmtree(work)
+    with alone(folder):
+        if (folder / RECORD).exists():
+            return folder
+        rows = pack(texts, tokenizer, settings.row_length)
+        steps = settings.steps(len(rows))
+        work = Path(output, f"model-{key}.partial")
+        model = first_model(settings, tokenizer, start_from, seed)
+        losses = fit(
+            model,
+            Rows(rows, steps * settings.batch_size, seed),
+            settings,
+            steps,
+            work=work,
+            device=device,
+            console=console or Console(stderr=True),
+            title=title,
+        )
+        record = {
+            "settings": asdict(settings),
+            "seed": seed,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "tokens of the texts": rows.numel(),
+            "passes over them": steps * settings.batch_size / len(rows),
+            "losses": losses,
+            "bits per byte": {
+                name: bits_per_byte(model, tokenizer, some)
+                for name, some in (held_out or {}).items()
+            },
+        }
+        keep(model, tokenizer, record, folder)
+        shutil.rmtree(work)
     return folder
 
 

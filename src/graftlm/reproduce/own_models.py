@@ -93,8 +93,8 @@ def on_own_models(
         trained: How many m_A has, if the experiment trains another.
     """
     found = (
-        num_layers(own.augmenting) or trained or layers[0],
-        num_layers(own.anchor) or layers[1],
+        num_layers(own.augmenting) if own.augmenting else trained or layers[0],
+        num_layers(own.anchor) if own.anchor else layers[1],
     )
 
     def moved(systems: Mapping[str, System]) -> dict[str, System]:
@@ -117,10 +117,8 @@ def on_own_models(
     )
 
 
-def num_layers(folder: Path | None) -> int | None:
+def num_layers(folder: Path) -> int:
     """Of a model's decoder."""
-    if folder is None:
-        return None
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder)

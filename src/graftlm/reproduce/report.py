@@ -74,7 +74,34 @@ def tables(results: Results) -> list[dict[str, Any]]:
         made.append(table(results, test, main, title, caption))
         if ablations:
             made.append(table(results, test, [OURS, *ablations], f"{title}: ablations", caption))
+        made.append(difference_table(results, test, title))
     return made
+
+
+def difference_table(results: Results, test: str, title: str) -> dict[str, Any]:
+    """How far composed is from each system, and how sure that is."""
+    groups, metrics = results["table"][test], results["metrics"][test]
+    columns = [(group, metric) for group in groups for metric in metrics]
+    others = [name for name in results["systems"] if name != OURS]
+    rows = []
+    for name in others:
+        cells = [
+            difference_text(groups[group][metric][name]["against"], metrics[metric][1])
+            for group, metric in columns
+        ]
+        rows.append([results["systems"][name], *cells])
+    return {
+        "title": f"{title}: composed less the others",
+        "caption": "With the interval of 95 % of the resamples, and p after Holm's correction.",
+        "head": ["system", *(column_name(group, metric, groups) for group, metric in columns)],
+        "rows": rows,
+    }
+
+
+def difference_text(against: Mapping[str, Any], digits: int) -> str:
+    """A difference, its interval and its p."""
+    size, low, high = (f"{against[name]:+.{digits}f}" for name in ("difference", "low", "high"))
+    return f"{size} ({low} to {high}), p {against['p_corrected']:.2g}"
 
 
 def table(

@@ -20,7 +20,7 @@ from graftlm.reproduce.hardware import hardware
 from graftlm.reproduce.jobs import jobs_of, outcomes
 from graftlm.reproduce.kept import Job, Outcome, Study
 from graftlm.reproduce.metrics import CHRF
-from graftlm.reproduce.report import print_summary, write_report
+from graftlm.reproduce.report import flatten, print_summary, write_report
 from graftlm.reproduce.sandbox import guards
 from graftlm.reproduce.systems import OURS, SAME_TRAINING
 
@@ -205,8 +205,10 @@ def settings_in(experiment: Experiment) -> dict[str, Any]:
         **experiment.changes,
         "examples": experiment.training.examples,
         "tests": sorted(experiment.tests),
+        "training": asdict(experiment.training),
+        "composition": asdict(experiment.composition),
     }
-    return json.loads(json.dumps(told))
+    return dict(flatten(json.loads(json.dumps(told))))
 
 
 def claim(folder: Path, experiment: Experiment) -> None:
@@ -224,9 +226,11 @@ def check_folder(folder: Path, experiment: Experiment) -> None:
     if not (folder / MARK).exists():
         return
     found, mine = json.loads((folder / MARK).read_text("utf-8")), settings_in(experiment)
-    if found != mine:
+    others = sorted(name for name in {*found, *mine} if found.get(name) != mine.get(name))
+    if others:
+        theirs, ours = ({name: one.get(name) for name in others} for one in (found, mine))
         raise ValueError(
-            f"{str(folder)!r} holds results of {found}, not of {mine}; name another folder with "
+            f"{str(folder)!r} holds results of {theirs}, not of {ours}; name another folder with "
             "--output"
         )
 

@@ -16,15 +16,16 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
+from transformers.pytorch_utils import Conv1D
 
-from graftlm import Connection, compose
+from graftlm import Connection, compose, decoder
 from graftlm.processor import ComposedDataCollator
 from graftlm.reproduce.encoding import Features, donors_of, feature, pad, shown, wrong_feature
 from graftlm.reproduce.example import Example
 from graftlm.reproduce.experiment import Composition, Experiment, Models
 from graftlm.reproduce.few_shot import can_share
 from graftlm.reproduce.hardware import has_bf16
-from graftlm.reproduce.own_models import same_height
+from graftlm.reproduce.own_models import num_layers, same_height
 from graftlm.reproduce.systems import System
 
 Collate = Callable[[Features], dict[str, Any]]
@@ -206,14 +207,11 @@ def connections(
     choice: Composition, bases: Mapping[str, Any], models: Models, system: System
 ) -> list[Connection]:
     """Of each augmenting model; a copy of the anchor is read at the same relative heights."""
-    from transformers import AutoConfig
-
     made = []
     for name, base in bases.items():
-        layers = base.config.num_hidden_layers
-        meant = layers
+        layers = meant = decoder.num_layers(base)
         if system.reads_model == "anchor":
-            meant = AutoConfig.from_pretrained(models.augmenting[name]).num_hidden_layers
+            meant = num_layers(models.augmenting[name])
         made += [
             Connection(
                 augmenting=name,
@@ -300,9 +298,9 @@ def linear_sizes(model: Any) -> dict[str, int]:
     head = model.get_output_embeddings()
     sizes: dict[str, int] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and module is not head:
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head:
             kind = name.rsplit(".", 1)[-1]
-            sizes[kind] = sizes.get(kind, 0) + module.in_features + module.out_features
+            sizes[kind] = sizes.get(kind, 0) + sum(module.weight.shape)
     return sizes
 
 
