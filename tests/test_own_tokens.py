@@ -16,9 +16,10 @@ from families import (
     tiny,
     uncached_logits,
 )
-from graftlm import Bridge, compose, decoder
+from graftlm import Bridge, compose
 from graftlm.augmenting_tokens import HOLE
 from graftlm.composed import move_to_device
+from graftlm.masks import skips_holes
 from graftlm.passes import PassInputs
 from two_tokenizers import PROMPTS, batch_of, byte_tokenizer, compose_pair, word_tokenizer
 
@@ -450,9 +451,9 @@ def test_prefix_keeps_every_other_claim() -> None:
 
 
 def test_models_that_skip_holes_run_as_one_batch() -> None:
-    assert decoder.skips_holes(tiny("gemma3_text"))
+    assert skips_holes(tiny("gemma3_text"))
     for family in ("mamba", "gpt2", "bloom", "mpt", "gpt_neo"):
-        assert not decoder.skips_holes(tiny(family))
+        assert not skips_holes(tiny(family))
 
 
 @pytest.mark.parametrize("alignment", ["committed", "prefix"])

@@ -17,6 +17,7 @@ from transformers import (
 
 from graftlm import decoder, gguf
 from graftlm.errors import CheckpointMismatchError
+from graftlm.packing import holds_plain_weights, quantization_of
 from graftlm.sharding import whole
 from graftlm.tokenization import find_tokenizer, tokenizer_fingerprint
 
@@ -127,12 +128,12 @@ def fingerprint(
     """
     tokenizer = tokenizer or find_tokenizer(model.config.name_or_path)
     exact = rounded = None
-    if decoder.holds_plain_weights(model):
+    if holds_plain_weights(model):
         exact = weights_hash(model, with_head=with_head)
         rounded = weights_hash(model, with_head=with_head, dtype=torch.bfloat16)
     return {
         "dtype": str(model.dtype).removeprefix("torch."),
-        "quantization": decoder.quantization_of(model),
+        "quantization": quantization_of(model),
         "weights": exact,
         "weights_bfloat16": rounded,
         "tokenizer": tokenizer_fingerprint(tokenizer) if tokenizer else None,
@@ -218,7 +219,7 @@ def check_base(
             f"{role} is not the model this checkpoint was made for: its tokenizer at "
             f"{model.config.name_or_path!r} differs"
         )
-    here, there = decoder.quantization_of(model), known.get("quantization")
+    here, there = quantization_of(model), known.get("quantization")
     if here != there and (there or known.get("weights")):
         dtype = str(model.dtype).removeprefix("torch.")
         warnings.warn(
@@ -230,7 +231,7 @@ def check_base(
         return
     if known.get("weights") is None:
         return
-    if not decoder.holds_plain_weights(model):
+    if not holds_plain_weights(model):
         warnings.warn(f"{role} is offloaded, so its weights were not compared", stacklevel=3)
         return
     kind, dtype = comparable(model, known)

@@ -30,6 +30,7 @@ from graftlm.bases import VOLATILE, reference, role_of
 from graftlm.collation import IGNORED
 from graftlm.frozen_states import connected_layers, record_anchor
 from graftlm.own_tokens import has_reader, read_tokens
+from graftlm.packing import inner_tensors, quantization_of
 from graftlm.passes import PassInputs, prompt_of
 from graftlm.sharding import is_spread, whole, whole_shape
 from graftlm.sizes import readable_bytes
@@ -200,11 +201,11 @@ def facts_of(base: PreTrainedModel) -> list[Any]:
     Weights that are offloaded are known by where they came from.
     """
     config = {k: v for k, v in base.config.to_dict().items() if k not in VOLATILE}
-    computed = [base.config._attn_implementation, base.dtype, decoder.quantization_of(base)]
+    computed = [base.config._attn_implementation, base.dtype, quantization_of(base)]
     adapters = [adapter.active_adapters for adapter in decoder.trainable_adapters(base)]
     weights = hashlib.sha256()
     for name, tensor in sorted(decoder.trunk(base).named_parameters()):
-        for inner in decoder.inner_tensors(tensor):
+        for inner in inner_tensors(tensor):
             weights.update(f"{name} {inner.dtype} {whole_shape(inner)}\n".encode())
             if inner.is_meta:
                 weights.update(str(reference(base)).encode())

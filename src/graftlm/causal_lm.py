@@ -23,6 +23,7 @@ from graftlm.composed import ComposedModel
 from graftlm.config import ComposedConfig, Connection
 from graftlm.explain import Explanation, explain
 from graftlm.growing_cache import let_grow
+from graftlm.masks import generation_masks
 from graftlm.own_tokens import has_reader
 from graftlm.passes import (
     PassInputs,
@@ -419,13 +420,13 @@ class ComposedForCausalLM(SavesBridges, GenerationMixin):
         shared = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
         shared["position_ids"] = position_ids
         if not isinstance(past_key_values, ComposedCache):
-            return decoder.generation_masks(self.anchor, past_key_values=past_key_values, **shared)
+            return generation_masks(self.anchor, past_key_values=past_key_values, **shared)
         parts = {"anchor": (self.anchor, past_key_values.anchor)}
         for name, cache in past_key_values.augmenting.items():
             parts[name] = self.model.running_view(name), cache
         masks: dict[str, Tensor | None] = {"bridges/": None, "tokens/": attention_mask}
         for name, (model, cache) in parts.items():
-            made = decoder.generation_masks(model, past_key_values=cache, **shared)
+            made = generation_masks(model, past_key_values=cache, **shared)
             masks |= {f"{name}/{kind}": mask for kind, mask in made.items()}
         length = past_key_values.bridges.get_max_length()  # -1 if none of them is static
         if attention_mask is not None and length > 0:

@@ -23,7 +23,9 @@ from graftlm.cache import ComposedCache, is_empty
 from graftlm.config import ComposedConfig, Connection
 from graftlm.frozen_states import entering_view, take_states
 from graftlm.growing_cache import let_grow
+from graftlm.masks import skips_holes
 from graftlm.own_tokens import has_reader, run_reader
+from graftlm.packing import keep_unpacked
 from graftlm.passes import (
     ForwardPass,
     Hooks,
@@ -95,7 +97,7 @@ class ComposedModel(ComposedPreTrainedModel):
         assert self.bridge_config.num_heads is not None
         self.num_bridge_heads = self.bridge_config.num_heads
         for name, base in {"anchor": anchor, **augmenting}.items():
-            decoder.keep_unpacked(base, role_of(name))
+            keep_unpacked(base, role_of(name))
             base.requires_grad_(False).eval()
             for module in base.modules():
                 vars(module)["_is_hf_initialized"] = True  # else post_init draws new weights
@@ -238,7 +240,7 @@ class ComposedModel(ComposedPreTrainedModel):
             anchor_cache,
             {name: view.config for name, view in views.items() if not has_reader(self, name)},
             {
-                name: ReadingCache(view.config, by_row=not decoder.skips_holes(view))
+                name: ReadingCache(view.config, by_row=not skips_holes(view))
                 for name, view in views.items()
                 if has_reader(self, name)
             },

@@ -1,4 +1,4 @@
-"""All that graftlm knows about Hugging Face models: where their layers are and how to call them.
+"""Hugging Face models: where their layers are, what they can do, and how to call them.
 
 No table per family: every decoder has exactly one list of `num_hidden_layers` layers, and the
 signature of its `forward` says what it takes.
@@ -7,18 +7,16 @@ signature of its `forward` says what it takes.
 import copy
 import functools
 import inspect
-import math
 import sys
 import types
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.masking_utils import create_masks_for_generate
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from graftlm.errors import UnsupportedModelError
-from graftlm.sharding import is_spread, num_elements, whole_shape
+from graftlm.sharding import num_elements
 
 # Families whose layers or caches do not have the shape the method needs.
 UNSUPPORTED = {
@@ -307,87 +305,12 @@ def check_checkpointing(model: PreTrainedModel) -> None:
                 )
 
 
-def generation_masks(model: PreTrainedModel, **arguments: Any) -> dict[str, Tensor | None]:
-    """The 4-D masks of a compiled decoding step, flat; "" holds a model's only mask.
-
-    Bloom and others bring their own maker on the causal language model's class, so that class
-    is looked up for headless models too.
-    """
-    owner = model
-    if not hasattr(owner, "create_masks_for_generate"):
-        owner = AutoModelForCausalLM._model_mapping.get(type(model.config), None)
-    make = getattr(owner, "create_masks_for_generate", create_masks_for_generate)
-    if declares(make, "self"):  # of a class: Bloom's is a method, others are static
-        make = functools.partial(make, model)
-    masks = make(config=text_config(model.config), **arguments)
-    if is_recurrent_call(model):
-        return {"": None}
-    return masks if isinstance(masks, dict) else {"": masks}
-
-
-# Kinds of attention whose masks depend on the positions of query and key only.
-MASKED_BY_POSITION = {"full_attention", "sliding_attention", "chunked_attention"}
-
-
-def skips_holes(model: PreTrainedModel) -> bool:
-    """Whether slots of its cache can stay empty: positions and masks are what we say they are.
-
-    Rotary models with plain attention. Others count slots: by a recurrence, for learned biases,
-    or in a window of their own.
-    """
-    config = text_config(model.config)
-    return (
-        hasattr(config, "rope_parameters")
-        and not getattr(config, "alibi", False)
-        and not is_recurrent_call(model)
-        and declares(type(model).forward, "position_ids")
-        and set(getattr(config, "layer_types", None) or ()) <= MASKED_BY_POSITION
-        and config._attn_implementation in ("eager", "sdpa")
-    )
-
-
 def learned_positions(model: PreTrainedModel) -> int | None:
     """How many positions a model has vectors for; None if it computes them."""
     config = text_config(model.config)
     if not declares(type(model).forward, "position_ids") or hasattr(config, "rope_parameters"):
         return None
     return getattr(config, "max_position_embeddings", None)
-
-
-def masks_by_position(
-    model: PreTrainedModel, seen: Tensor, query_positions: Tensor, key_positions: Tensor
-) -> dict[str, Tensor] | Tensor:
-    """What a model that skips holes takes as `attention_mask`.
-
-    Args:
-        model: The model.
-        seen: (batch, seq, slots), True where a new token may see a slot, as far as its layers
-            look back.
-        query_positions: (batch, seq), the number of each new token in its row, negative for
-            padding, which sees all.
-        key_positions: (batch, slots), of all slots.
-    """
-    config = text_config(model.config)
-    query, key = query_positions[:, None, :, None], key_positions[:, None, None, :]
-    window: Any = getattr(config, "sliding_window", None)
-    chunk: Any = getattr(config, "attention_chunk_size", None)
-
-    def mask(kind: str) -> Tensor:
-        allowed = seen[:, None]
-        if kind == "sliding_attention":
-            allowed = allowed & ((query - key < window) | (query < 0))
-        if kind == "chunked_attention":
-            allowed = allowed & ((query // chunk == key // chunk) | (query < 0))
-        return torch.zeros(allowed.shape, dtype=model.dtype, device=allowed.device).masked_fill(
-            ~allowed, torch.finfo(model.dtype).min
-        )
-
-    kinds = getattr(config, "layer_types", None)
-    if kinds:
-        return {kind: mask(kind) for kind in set(kinds)}
-    if window is not None:
-        return mask("sliding_attention")
-    return mask("full_attention" if chunk is None else "chunked_attention")
 
 
 def hidden_states_of(output: Any, layer_owner: str) -> Tensor:
@@ -411,78 +334,6 @@ def with_hidden_states(output: Any, hidden_states: Tensor) -> Any:
     if isinstance(output, (tuple, list)):
         return type(output)((hidden_states, *output[1:]))
     return hidden_states
-
-
-def quantization_of(model: PreTrainedModel) -> str | None:
-    """How the weights are packed, in words; None for plain ones."""
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is None:
-        return None
-    config = quantizer.quantization_config
-    method = str(getattr(config.quant_method, "value", config.quant_method))
-    if method == "bitsandbytes":
-        return (
-            f"{method} 8-bit" if config.load_in_8bit else f"{method} {config.bnb_4bit_quant_type}"
-        )
-    kind = getattr(config, "quant_type", None)  # torchao's is an object
-    return method if kind is None else f"{method} {type(kind).__name__}"
-
-
-def computing_dtype(model: PreTrainedModel) -> torch.dtype:
-    """The precision of its products, which for packed weights is not that of the model."""
-    quantizer = getattr(model, "hf_quantizer", None)
-    config: Any = getattr(quantizer, "quantization_config", None)
-    if getattr(config, "load_in_8bit", False):
-        return torch.float16  # all that bitsandbytes has
-    if getattr(config, "load_in_4bit", False):
-        return config.bnb_4bit_compute_dtype
-    return model.dtype
-
-
-def holds_plain_weights(model: PreTrainedModel) -> bool:
-    """Whether the weights are in memory as they were saved, neither packed nor offloaded."""
-    return quantization_of(model) is None and not any(p.is_meta for p in model.parameters())
-
-
-def num_bytes(module: nn.Module) -> int:
-    """What the parameters take; torchao's are tensors around others, whose type is not theirs."""
-    return sum(
-        math.prod(whole_shape(inner)) * inner.element_size()
-        for parameter in module.parameters()
-        for inner in inner_tensors(parameter)
-    )
-
-
-def inner_tensors(parameter: Tensor) -> list[Tensor]:
-    """What a parameter is stored in: itself, or the tensors that torchao's is put around."""
-    if hasattr(parameter, "__tensor_flatten__") and not is_spread(parameter):
-        return [getattr(parameter, name) for name in parameter.__tensor_flatten__()[0]]
-    return [parameter]
-
-
-def keep_unpacked(model: PreTrainedModel, role: str) -> None:
-    """Stop bitsandbytes from packing 4-bit weights anew when they first run on some CPUs.
-
-    Through weights in that layout no gradient passes, without an error, and gathering a state
-    dict changes them (bitsandbytes 0.50, `Linear4bit.forward`). Nothing else depends on it.
-
-    Args:
-        model: The model.
-        role: How the message names it.
-
-    Raises:
-        ValueError: If it was run before, and its weights are in that layout already.
-    """
-    for module in model.modules():
-        if getattr(module, "support_avx512bf16_for_cpu", None) is None:
-            continue
-        weight: Any = module.weight
-        if getattr(weight.quant_state, "packing_format_for_cpu", False):
-            raise ValueError(
-                f"{role} ran on the CPU before it was composed, where bitsandbytes packed its "
-                "4-bit weights for inference only; load it again and compose it before it runs"
-            )
-        vars(module)["support_avx512bf16_for_cpu"] = False
 
 
 def num_parameters(model: nn.Module) -> int:

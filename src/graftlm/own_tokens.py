@@ -21,6 +21,7 @@ from graftlm.augmenting_tokens import (
 )
 from graftlm.config import DistanceUnit
 from graftlm.frozen_states import take_states
+from graftlm.masks import masks_by_position, skips_holes
 from graftlm.reading import Reader
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def run_reader(
 ) -> None:
     """Capture the hidden states of what one augmenting model reads of the new tokens."""
     view = model.running_view(name)
-    if model.config.alignments[name] == "prefix" and not decoder.skips_holes(view):
+    if model.config.alignments[name] == "prefix" and not skips_holes(view):
         raise ValueError(
             f"augmenting model {name!r} is a {type(view).__name__}, which cannot run several "
             "endings of a text at once, as alignment='prefix' needs; use 'committed'"
@@ -161,7 +162,7 @@ def run_read_tokens(
     """Run an augmenting model over the tokens read in this pass."""
     view, input_ids = model.running_view(name), tokens["input_ids"]
     is_packed = bool(tokens["hidden"].any())
-    if is_packed and not decoder.skips_holes(view):
+    if is_packed and not skips_holes(view):
         run_pieces(model, forward_pass, name, tokens, document_pieces(tokens))
         return
     if reading is not None and reading.by_row:
@@ -190,9 +191,9 @@ def mask_of(
     branches = tokens["branches"] if reading is None else reading.branches
     seen = seen_by(tokens, ranks, branches)
     if reading is not None:
-        return decoder.masks_by_position(view, seen, tokens["ranks"], ranks)
+        return masks_by_position(view, seen, tokens["ranks"], ranks)
     positions = tokens["position_ids"].masked_fill(ranks == HOLE, HOLE)
-    return decoder.masks_by_position(view, seen, positions, positions)
+    return masks_by_position(view, seen, positions, positions)
 
 
 Piece = tuple[int, int, int, Cache | None]  # row, first and last (exclusive) column, cache

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from graftlm import decoder
 from graftlm.causal_lm import ComposedForCausalLM
 from graftlm.config import ComposedConfig
+from graftlm.packing import num_bytes
 from graftlm.sharding import num_elements
 
 # The paper's names for the parameters of a bridge.
@@ -41,7 +42,7 @@ class Size:
         return cls(
             num_parameters=decoder.num_parameters(module),
             num_trainable=sum(num_elements(p) for p in parameters if p.requires_grad),
-            num_bytes=decoder.num_bytes(module),
+            num_bytes=num_bytes(module),
         )
 
 

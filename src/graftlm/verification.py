@@ -8,11 +8,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from graftlm import decoder
 from graftlm.bases import comparable, config_difference, weights_hash
 from graftlm.causal_lm import ComposedForCausalLM
 from graftlm.checkpoint import read_config
 from graftlm.config import ComposedConfig
+from graftlm.packing import computing_dtype, holds_plain_weights
 from graftlm.tokenization import tokenizer_fingerprint
 
 
@@ -88,7 +88,7 @@ def shared_vocabulary(config: ComposedConfig) -> int:
 
 def tolerance(model: ComposedForCausalLM, logits: Tensor) -> float:
     """What sums in another order may change: 100 roundings of the largest logit."""
-    dtypes = map(decoder.computing_dtype, (model.anchor, *model.augmenting.values()))
+    dtypes = map(computing_dtype, (model.anchor, *model.augmenting.values()))
     return 100 * max(torch.finfo(dtype).eps for dtype in dtypes) * float(logits.abs().max())
 
 
@@ -125,7 +125,7 @@ def check_fingerprints(model: ComposedForCausalLM) -> list[Check]:
         )
         known = model.config.bases.get(name, {}).get("fingerprint") or {}
         found: dict[str, tuple[str, str]] = {}  # what is compared: here, in the checkpoint
-        if known.get("weights") and decoder.holds_plain_weights(base):
+        if known.get("weights") and holds_plain_weights(base):
             kind, dtype = comparable(base, known)
             here = weights_hash(base, with_head=name == "anchor", dtype=dtype)
             found["weights"] = here, known[kind]

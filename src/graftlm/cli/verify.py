@@ -48,7 +48,7 @@ def show_precision(console: Any, model: Any) -> None:
     """
     from torch import finfo, float32
 
-    from graftlm.decoder import computing_dtype, quantization_of
+    from graftlm.packing import computing_dtype, quantization_of
 
     parts = (model.anchor, *model.augmenting.values())
     if any(map(quantization_of, parts)):

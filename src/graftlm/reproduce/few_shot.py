@@ -10,13 +10,14 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from graftlm import decoder
+from graftlm.masks import skips_holes
 from graftlm.reproduce.encoding import IGNORED, pad
 
 
 def can_share(model: PreTrainedModel) -> bool:
     """Whether padding may stand between the shared tokens and the rest: no layer counts slots."""
     layers = DynamicCache(config=model.config).layers
-    return decoder.skips_holes(model) and {type(layer) for layer in layers} == {DynamicLayer}
+    return skips_holes(model) and {type(layer) for layer in layers} == {DynamicLayer}
 
 
 @torch.no_grad()
