@@ -55,6 +55,13 @@ def examples(group: str = "Up", number: int = 4) -> list[Example]:
 # ---- encoding ----------------------------------------------------------------------------
 
 
+def test_what_may_go_on_has_no_end() -> None:
+    tokenizer, [example] = character_tokenizer(), examples(number=1)
+    whole = encoding.feature(example, tokenizer)
+    open_ended = encoding.feature(replace(example, ends=False), tokenizer)
+    assert open_ended == {name: ids[:-1] for name, ids in whole.items()}
+
+
 def test_labels_are_on_the_target_and_the_end() -> None:
     tokenizer = character_tokenizer()
     [example] = examples(number=1)

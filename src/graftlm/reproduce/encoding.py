@@ -31,14 +31,14 @@ def start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def feature(
     example: Example, tokenizer: PreTrainedTokenizerBase, before: str = ""
 ) -> dict[str, list[int]]:
-    """Tokens and labels: the loss is on the target and on the end of the text.
+    """Tokens and labels: the loss is on the target and on the end of the text, if it ends.
 
     Args:
         before: Text before the prompt, such as other examples.
     """
     prompt = start_ids(tokenizer) + plain_ids(tokenizer, before + example.prompt)
-    end: Any = tokenizer.eos_token_id
-    target = [*plain_ids(tokenizer, example.target), end]
+    end: list[Any] = [tokenizer.eos_token_id] if example.ends else []
+    target = plain_ids(tokenizer, example.target) + end
     return {"input_ids": prompt + target, "labels": [IGNORED] * len(prompt) + target}
 
 

@@ -16,6 +16,7 @@ class Example:
         opening: What stands before the source.
         closing: What stands between the source and the target.
         facts: What a metric needs beside the target, such as the tests of a function.
+        ends: Whether nothing follows the target. Where something may, no end is learned.
     """
 
     group: str
@@ -24,6 +25,7 @@ class Example:
     opening: str = ""
     closing: str = ""
     facts: Mapping[str, Any] = field(default_factory=dict)
+    ends: bool = True
 
     @property
     def prompt(self) -> str:

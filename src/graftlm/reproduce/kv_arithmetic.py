@@ -94,8 +94,8 @@ ABLATIONS = {
 # m_B's embeddings of letters are nearly one (their cosine is 0.94): it learned to pass them over.
 # Three things that a fair comparison here asks of what trains m_B's own weights (docs/log.md).
 # Adapters of its linear maps alone do not learn a key's value, not one of 150. The bridges'
-# weight decay would take from it what it knows. And D_C after the domain would have it forget
-# the keys that D_C does not show.
+# weight decay would take from it what it knows. And with D_C after the domain's lessons, not
+# among them, it forgets the keys that D_C does not show.
 DECAY = {"weight_decay": 0.01}
 TUNED = {
     "lora": replace(SYSTEMS["lora"], trains="lora-embeddings", training=DECAY),
@@ -252,7 +252,10 @@ def domain(
     exclude: set[kv_data.Expression],
     size: int,
 ) -> list[Example]:
-    """KV-SUBS over all keys, more and more of them, as m_A learned it."""
+    """KV-SUBS over all keys, more and more of them, as m_A learned it.
+
+    It does not end: in D_C the answer follows the same substitution of the same prompt.
+    """
     rng = random.Random(f"domain {task.seed}")
     keys = list(values)
     found: list[Example] = []
@@ -260,7 +263,8 @@ def domain(
         known = keys[: introduced(len(found) / size, len(keys))]
         expression = kv_data.draw_expression(rng, known, task.operators, task.training_terms)
         if expression not in exclude:
-            found.append(example_of(kv_data.subs_example(expression, values)))
+            made = example_of(kv_data.subs_example(expression, values))
+            found.append(replace(made, ends=False))
     return found
 
 
