@@ -305,6 +305,19 @@ def test_what_comes_after_the_prompt_is_hidden_from_the_augmenting_model():
     assert (by_labels - composed()(ids).logits).abs().max() > 0.01
 
 
+@torch.no_grad()
+def test_each_packed_document_has_a_prompt():
+    """Only the first one's was read."""
+    model, ids = composed(reads="prompt"), token_ids(2, 12)
+    labels, positions = ids.clone(), torch.arange(12)[None] % 7
+    labels[:, :3] = labels[:, 7:9] = -100
+    packed = model(ids, position_ids=positions, labels=labels, use_cache=False).logits
+    for start, end in ((0, 7), (7, 12)):
+        document, own = ids[:, start:end], labels[:, start:end]
+        alone = model(document, labels=own, use_cache=False).logits
+        assert_close(packed[:, start:end], alone, **TOLERANCE)
+
+
 @pytest.mark.parametrize("position", POSITIONS)
 @torch.no_grad()
 def test_a_row_without_a_prompt_reads_nothing(position):

@@ -266,6 +266,27 @@ def test_a_prompt_is_all_that_is_read_without_a_cache_too() -> None:
     torch.testing.assert_close(cached.logits, uncached.logits, atol=5e-6, rtol=1e-5)
 
 
+def test_each_packed_document_has_a_prompt() -> None:
+    """Only the first one's was read."""
+    model = open_pair(reads="prompt")
+    rows = [batch_of(text)["input_ids"] for text in ("The quick brown fox", "There was once")]
+    labels = [row.clone() for row in rows]
+    for row in labels:
+        row[:, :4] = -100
+    positions = torch.cat([torch.arange(row.shape[1])[None] for row in rows], 1)
+    with torch.no_grad():
+        packed = model(
+            input_ids=torch.cat(rows, 1),
+            position_ids=positions,
+            labels=torch.cat(labels, 1),
+            use_cache=False,
+        ).logits
+        alone = [
+            model(input_ids=ids, labels=own).logits for ids, own in zip(rows, labels, strict=True)
+        ]
+    torch.testing.assert_close(packed, torch.cat(alone, 1), atol=5e-6, rtol=1e-5)
+
+
 def test_packed_documents_read_what_a_prompt_mask_allows() -> None:
     model = open_pair(reads="prompt")
     ids = batch_of("The quick brown fox jumps")["input_ids"]

@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import ModelOutput
 
 from graftlm import decoder
+from graftlm.alignment import packed_segments
 from graftlm.augmenting_tokens import AugmentingTokens, keeps_keys_only
 from graftlm.cache import ComposedCache
 from graftlm.composed import ComposedModel
@@ -299,7 +300,10 @@ class ComposedForCausalLM(SavesBridges, GenerationMixin):
         if self.config.reads != "prompt":
             prompt_mask = None
         elif prompt_mask is None and labels is not None:
-            prompt_mask = prompt_of(labels)
+            # Without a mask, positions that start over are packed documents.
+            is_packed = attention_mask is None and position_ids is not None
+            segments = packed_segments(position_ids.expand_as(labels)) if is_packed else None
+            prompt_mask = prompt_of(labels, segments)
         output = self.model.run(
             self.anchor,
             PassInputs(

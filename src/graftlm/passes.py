@@ -167,9 +167,22 @@ def part_of(masks: Any, name: str) -> Any:
     return own[""] if set(own) == {""} else own
 
 
-def prompt_of(labels: Int[Tensor, "batch seq"]) -> Int[Tensor, "batch seq"]:
-    """1 for the tokens before the first label, which are the prompt of `reads="prompt"`."""
-    return ((labels != IGNORED).cumsum(-1) == 0).long()
+def prompt_of(
+    labels: Int[Tensor, "batch seq"], segments: Int[Tensor, "batch seq"] | None = None
+) -> Int[Tensor, "batch seq"]:
+    """1 for the tokens before the first label, which are the prompt of `reads="prompt"`.
+
+    Args:
+        labels: Targets.
+        segments: The number of each token's packed document, which has a prompt of its own.
+    """
+    is_label = (labels != IGNORED).long()
+    count = is_label.cumsum(-1)
+    if segments is None:
+        return (count == 0).long()
+    begins = torch.diff(segments, prepend=segments[:, :1] - 1, dim=-1) != 0
+    before = torch.where(begins, count - is_label, 0).cummax(-1).values  # in earlier documents
+    return (count == before).long()
 
 
 class Scoped(Generic[T]):
