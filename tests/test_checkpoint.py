@@ -335,6 +335,13 @@ def test_weights_that_do_not_fit_are_named(saved):
         ComposedForCausalLM.from_pretrained(saved)
 
 
+def test_a_damaged_base_is_named(folders):
+    file = folders / "anchor" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"the anchor at '.*' has a damaged \.safetensors file"):
+        compose(str(folders / "anchor"), str(folders / "code"))
+
+
 def test_a_file_that_is_no_safetensors_is_named(saved):
     (saved / "model.safetensors").write_bytes(b"PK not tensors")
     edit_config(saved, weights_sha256=checkpoint.file_hash(saved / "model.safetensors"))

@@ -17,11 +17,13 @@ import yaml
 import graftlm
 from graftlm import ComposedForCausalLM
 from graftlm.cli import VERBS, build_parser, main
+from graftlm.cli.generate import compare
 from graftlm.cli.help import children, page
 from graftlm.cli.playground import free_port, is_loopback
 from graftlm.recipe import Recipe
 from lm_tasks import write_tasks
 from tiny import character_tokenizer, save_model, save_pair, sums, write_lines
+from two_tokenizers import compose_pair
 
 REPOSITORY = Path(__file__).parents[1]
 # A run of two steps.
@@ -354,6 +356,37 @@ def test_compose_refuses(
     words = [word for model in augmenting for word in ("--augmenting", model)]
     words = ["compose", "--anchor", models[0], *words, "--output", str(tmp_path / "c")]
     assert message in output.of(*words, status=2)
+
+
+def test_compose_replaces_no_trained_bridges(
+    opened: str, models: tuple[str, str], tmp_path: Path, output: Output
+) -> None:
+    words = ["compose", "--anchor", models[0], "--augmenting", models[1], "--output"]
+    message = f"{opened} holds trained bridges, which fresh ones would replace; choose another"
+    assert message in output.of(*words, opened, status=2)
+    output.of(*words, str(tmp_path / "fresh"))
+    output.of(*words, str(tmp_path / "fresh"))  # nothing is lost
+
+
+def test_generate_compares_chats_in_each_model_s_markup(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = compose_pair()
+    ours, theirs = model.processor.tokenizer, model.processor.augmenting_tokenizers["augmenting"]
+    for tokenizer, mark in ((ours, "The"), (theirs, "There")):
+        template = f"{mark} {{{{ messages[0]['content'] }}}}"
+        monkeypatch.setattr(tokenizer, "chat_template", template)
+    prompts = []
+
+    def generate(input_ids: torch.Tensor, **options: Any) -> torch.Tensor:
+        prompts.append(input_ids)
+        return input_ids
+
+    for part in (model, model.augmenting["augmenting"]):
+        monkeypatch.setattr(part, "generate", generate)
+    compare(model, ours, "was", {}, chat=True, seed=0)
+    said = [ours.decode(prompts[0][0]), theirs.decode(prompts[1][0]), ours.decode(prompts[2][0])]
+    assert [text.strip() for text in said] == ["The was", "There was", "The was"]
 
 
 def test_inspect_needs_no_base_model(

@@ -115,6 +115,19 @@ def test_a_template_that_rewrites_the_past_is_refused(tmp_path: Path) -> None:
         load(path, character_tokenizer(chat_template=template))
 
 
+def test_an_assistant_may_begin(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "d.jsonl", {"messages": CHAT[1:]})
+    expected = trained("<|assistant|>", "y", "o", "<|end|>") + CHAT_SHOWN[8:]
+    assert shown(load(path)) == [expected]
+
+
+def test_what_a_template_refuses_is_told_with_its_place(tmp_path: Path) -> None:
+    template = "{{ raise_exception('no system messages, please') }}"
+    path = write_lines(tmp_path / "d.jsonl", {"messages": CHAT})
+    with pytest.raises(ValueError, match=r"d\.jsonl, line 1: no system messages, please"):
+        load(path, character_tokenizer(chat_template=template))
+
+
 def test_a_plain_text_file_is_cut_into_blocks_without_loss(tmp_path: Path) -> None:
     (tmp_path / "d.txt").write_text("abcdefgh\n", encoding="utf-8")
     examples = load(tmp_path / "d.txt", max_length=4)
@@ -178,6 +191,19 @@ def test_a_dataset_by_name_with_its_split(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(load(f"{folder}::train[:50%]").dataset) == 2
     with pytest.raises(ValueError, match="'.*::dev' is no file and could not be loaded"):
         load(f"{folder}::dev")
+
+
+def test_files_that_do_not_fit_together_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables" / "a.csv").write_text("text\none\n")
+    (tmp_path / "tables" / "b.csv").write_text("prompt,completion\none,two\n")
+    with pytest.raises(
+        ValueError, match="tables' is no file and could not be loaded as a data set"
+    ):
+        load(tmp_path / "tables")
 
 
 def test_rows_of_datasets_are_named_by_number(tmp_path: Path) -> None:
@@ -270,6 +296,10 @@ def test_a_part_is_held_out_by_seed(tmp_path: Path) -> None:
     examples = load(write_lines(tmp_path / "d.jsonl", *sums(10)))
     train, test = examples.split(0.3, seed=5)
     assert (len(train.dataset), len(test.dataset)) == (7, 3)
+    for part in (train, test):
+        rows = rows_of(part)
+        assert part.num_tokens == sum(len(row["input_ids"]) for row in rows)
+        assert part.num_labels == sum(x != -100 for row in rows for x in row["labels"][1:])
     together = sorted(row["input_ids"] for part in (train, test) for row in rows_of(part))
     assert together == sorted(row["input_ids"] for row in rows_of(examples))
     assert test.dataset["input_ids"] == examples.split(0.3, seed=5)[1].dataset["input_ids"]

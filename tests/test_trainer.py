@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainingArguments
 
@@ -78,6 +78,35 @@ def test_the_best_bridges_are_taken_at_the_end(values: dict[str, Any]) -> None:
     folder = train(values)
     state = json.loads((folder / "trainer_state.json").read_text())
     assert_same(weights(folder), weights(state["best_model_checkpoint"]))
+    told = json.loads((folder / "training.json").read_text())["metrics"]
+    assert told["eval_loss"] == pytest.approx(state["best_metric"], rel=1e-6)  # of what is saved
+
+
+def test_a_checkpoint_on_another_base_is_refused(values: dict[str, Any], tmp_path: Path) -> None:
+    """Trained anew in place between two parts of a run."""
+    values["augmenting"] = str(shutil.copytree(values["augmenting"], tmp_path / "moving"))
+    cut_back(values)
+    tensors = load_file(tmp_path / "moving" / "model.safetensors")
+    moved = {name: tensor + 0.01 for name, tensor in tensors.items()}
+    save_file(moved, tmp_path / "moving" / "model.safetensors", metadata={"format": "pt"})
+    message = "checkpoint-2 was trained on another augmenting model 'augmenting': its weights diff"
+    with pytest.raises(CheckpointMismatchError, match=message):
+        train(values, resume=True)
+
+
+def test_a_run_that_has_ended_is_not_trained_on(values: dict[str, Any]) -> None:
+    """It took one step more, if it had ended within an epoch."""
+    values["training"] |= {"max_steps": 4, "lr_scheduler_type": "constant"}
+    whole = weights(train(values))
+    folder = train(values, resume=True)
+    assert_same(weights(folder), whole)
+    assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == 4
+
+
+def test_labels_are_not_smoothed(values: dict[str, Any]) -> None:
+    values["training"]["label_smoothing_factor"] = 0.1
+    with pytest.raises(ValueError, match=r"label_smoothing_factor is 0\.1, but Trainer would comp"):
+        train(values)
 
 
 def test_a_checkpoint_without_the_optimizer_is_refused(values: dict[str, Any]) -> None:
@@ -100,7 +129,7 @@ def test_a_damaged_optimizer_is_refused(values: dict[str, Any]) -> None:
 def test_a_checkpoint_of_other_bridges_is_refused(values: dict[str, Any]) -> None:
     cut_back(values)
     values |= {"every": None, "connections": ["0-1", "2-3"]}
-    message = r"checkpoint-2: model\.safetensors lacks model\.bridges\.1\."
+    message = "checkpoint-2 has the connections .*, but this run has augmenting:0-1, augmenting:2-3"
     with (
         pytest.warns(UserWarning, match="the recipe differs in connections, every"),
         pytest.raises(CheckpointMismatchError, match=message),

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -397,6 +398,33 @@ def test_a_named_checkpoint_is_resumed(values: dict[str, Any]) -> None:
     named = str(Path(values["output_dir"], "checkpoint-8"))
     values["training"] |= {"resume_from_checkpoint": named}
     assert prepare(Recipe.from_mapping(values)).checkpoint == named
+    # A run that was started from elsewhere goes on from its own.
+    own = str(Path(values["output_dir"], "checkpoint-12"))
+    with pytest.warns(UserWarning, match="the recipe differs in training"):
+        assert prepare(Recipe.from_mapping(values), resume=True).checkpoint == own
+    elsewhere = str(shutil.copytree(named, Path(values["output_dir"]).parent / "elsewhere"))
+    values["training"] |= {"resume_from_checkpoint": elsewhere}
+    with pytest.raises(ValueError, match="already holds checkpoint-12; pass --resume"):
+        prepare(Recipe.from_mapping(values))
+
+
+def test_a_stopped_run_keeps_its_checkpoint_beside_the_best(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where one is to be kept only, it was the best one."""
+    on_step_end = Interruption.on_step_end
+
+    def interrupt(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 6:
+            self.receive(signal.SIGINT, None)
+        on_step_end(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(Interruption, "on_step_end", interrupt)
+    one = {"load_best_model_at_end": True, "save_total_limit": 1, "eval_steps": 4}
+    values |= {"eval_fraction": 0.25, "training": values["training"] | one}
+    outcome = prepare(Recipe.from_mapping(values)).run()
+    assert (outcome.step, outcome.stopped_by) == (6, signal.SIGINT)
+    assert last_checkpoint(Path(values["output_dir"])) == Path(outcome.folder)
 
 
 # ---- what is shown -----------------------------------------------------------------------

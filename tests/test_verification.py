@@ -89,6 +89,12 @@ def test_changed_base_weights_are_found(model, tmp_path):
     assert checks["augmenting: same configuration"].detail == "rms_norm_eps differs"
 
 
+def test_a_model_that_is_switched_off_passes_too(model):
+    for name in model.augmenting:
+        model.set_scale(name, 0)
+    assert all(check.passed for check in verify(model))
+
+
 def test_state_is_left_as_it_was(model):
     model.train()
     model.set_scale("augmenting", 0.5)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -57,8 +58,8 @@ def load_base(base: Base, role: str, **options: Any) -> PreTrainedModel:
 
     Raises:
         UnsupportedModelError: If it is not such a decoder.
-        ValueError: If `base` looks like a path but nothing is there, or is a loaded model that
-            should be quantized.
+        ValueError: If `base` looks like a path but nothing is there, its file is damaged, or it
+            is a loaded model that should be quantized.
     """
     if isinstance(base, (str, os.PathLike)):
         path = os.fspath(base)
@@ -66,7 +67,12 @@ def load_base(base: Base, role: str, **options: Any) -> PreTrainedModel:
         if (os.path.isabs(path) or path.startswith(".")) and not os.path.isdir(folder):
             raise ValueError(f"{role} is {path!r}, but there is no such folder")
         given = {name: value for name, value in options.items() if value is not None}
-        base = AutoModelForCausalLM.from_pretrained(folder, **given)
+        try:
+            base = AutoModelForCausalLM.from_pretrained(folder, **given)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{role} at {path!r} has a damaged .safetensors file ({error}); fetch it again"
+            ) from error
         if folder != path:  # so that it is found again when the converted copy is gone
             base.config.name_or_path = os.path.abspath(path)
     elif options.get("quantization_config") is not None:

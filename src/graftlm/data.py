@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, concatenate_datasets
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from graftlm.collation import IGNORED
@@ -43,8 +44,8 @@ class Examples:
         dataset: With `input_ids` and `labels`, one row an example.
         num_tokens: In all examples, after cutting.
         num_labels: Of these, the ones with a loss.
-        num_truncated: Examples that were longer than `max_length`.
-        num_dropped: Examples without any label, which were left out.
+        num_truncated: Examples that were longer than `max_length`, of all that were read.
+        num_dropped: Examples without any label, which were left out, of all that were read.
     """
 
     dataset: Dataset
@@ -54,7 +55,7 @@ class Examples:
     num_dropped: int
 
     def split(self, fraction: float, seed: int) -> tuple["Examples", "Examples"]:
-        """A part to train on, and a random `fraction` to evaluate on; the counts stay whole.
+        """A part to train on, and a random `fraction` to evaluate on.
 
         Raises:
             ValueError: If one of the parts would be empty.
@@ -65,8 +66,18 @@ class Examples:
                 f"eval_fraction {fraction} of {len(self.dataset)} examples holds out {held_out}, "
                 "but both parts need one at least"
             )
-        parts = self.dataset.train_test_split(test_size=held_out, seed=seed)
-        return replace(self, dataset=parts["train"]), replace(self, dataset=parts["test"])
+        parts: Any = self.dataset.train_test_split(test_size=held_out, seed=seed)
+        return self.of(parts["train"]), self.of(parts["test"])
+
+    def of(self, dataset: Dataset) -> "Examples":
+        """Some of them, counted anew."""
+        rows = dataset["labels"]
+        return replace(
+            self,
+            dataset=dataset,
+            num_tokens=sum(map(len, rows)),
+            num_labels=sum(map(count_labels, rows)),
+        )
 
 
 def load_examples(
@@ -164,7 +175,7 @@ def tokenised(
                 )
             try:
                 yield chat_tokens(row, kind, tokenizer, completions_only)
-            except ValueError as exc:
+            except (ValueError, TemplateError) as exc:
                 raise ValueError(f"{place}: {exc}") from exc
         else:
             yield text_tokens(row, kind, tokenizer, completions_only)
@@ -210,9 +221,9 @@ def chat_tokens(
         return ids, list(ids)
     labels = [IGNORED] * len(ids)
     for first, last in trained_turns(row, kind, messages):
-        start = common_prefix_length(
-            encode(tokenizer, rendered(first, opens_turn=True), add_special_tokens=False), ids
-        )
+        # Templates write no conversation without messages.
+        opened = rendered(first, opens_turn=True) if first else ""
+        start = common_prefix_length(encode(tokenizer, opened, add_special_tokens=False), ids)
         before = rendered(last)
         if not rendered(len(messages)).startswith(before):
             raise ValueError(
@@ -283,7 +294,7 @@ def collect(tokens: Iterable[Tokens], source: str, max_length: int) -> Examples:
     for ids, labels in tokens:
         counts["num_truncated"] += len(ids) > max_length
         ids, labels = ids[:max_length], labels[:max_length]
-        num_labels = sum(label != IGNORED for label in labels[1:])  # the first is never predicted
+        num_labels = count_labels(labels)
         if not num_labels:
             counts["num_dropped"] += 1
             continue
@@ -303,6 +314,11 @@ def collect(tokens: Iterable[Tokens], source: str, max_length: int) -> Examples:
     examples = Examples(dataset=concatenate_datasets(parts), **counts)
     warn_of_losses(examples, source, max_length)
     return examples
+
+
+def count_labels(labels: list[int]) -> int:
+    """How many tokens of an example have a loss; the first is never predicted."""
+    return sum(label != IGNORED for label in labels[1:])
 
 
 def warn_of_losses(examples: Examples, source: str, max_length: int) -> None:

@@ -28,19 +28,22 @@ def starting_point(recipe: Recipe, *, resume: bool) -> str | None:
         ValueError: If the output folder holds a run that was not asked to be continued.
     """
     named = recipe.training.get("resume_from_checkpoint")
-    if named is not None:
+    found = last_checkpoint(Path(recipe.output_dir))
+    is_own = (
+        named is not None and Path(named).absolute().parent == Path(recipe.output_dir).absolute()
+    )
+    if not resume and found is not None and not is_own:
+        raise ValueError(
+            f"{recipe.output_dir} already holds {found.name}; pass --resume to continue that "
+            "run, or choose another output folder"
+        )
+    if named is not None and not (resume and found):  # a stopped run goes on from its own
         if not is_complete(Path(named)):
             raise ValueError(
                 f"training.resume_from_checkpoint is {named!r}, which is no checkpoint"
             )
         return str(named)
-    found = last_checkpoint(Path(recipe.output_dir))
     if not resume:
-        if found is not None:
-            raise ValueError(
-                f"{recipe.output_dir} already holds {found.name}; pass --resume to continue that "
-                "run, or choose another output folder"
-            )
         return None
     if found is None:
         warnings.warn(
@@ -137,6 +140,8 @@ class Interruption(TrainerCallback):
             self.signal = signal.Signals(int(number)) if int(number) else None
         if self.signal is not None:
             self.has_stopped = control.should_save = control.should_training_stop = True
+            if args.save_total_limit == 1:
+                args.save_total_limit = 2  # at its end Trainer would keep the best one only
             control.should_evaluate = False
 
     def on_epoch_end(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import load_dataset, load_from_disk
+from datasets.exceptions import DatasetsError
 
 KINDS = (("messages",), ("prompt", "completion"), ("text",))
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
@@ -98,7 +99,7 @@ def read_dataset(source: str) -> Iterator[tuple[str, Row]]:
             found = saved[split or "train"] if isinstance(saved, dict) else saved
         else:
             found = load_dataset(name, config or None, split=split or "train")
-    except (OSError, KeyError, ValueError) as exc:
+    except (OSError, KeyError, ValueError, DatasetsError) as exc:
         reason = " ".join(str(exc).split())
         raise ValueError(
             f"data {source!r} is no file and could not be loaded as a data set: {reason}"

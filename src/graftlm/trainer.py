@@ -15,11 +15,14 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from graftlm import optimizer_state
+from graftlm.bases import role_of
 from graftlm.causal_lm import ComposedForCausalLM
 from graftlm.checkpoint import PREFIX, bridge_weights, check_names, read_config, read_weights
+from graftlm.config import ComposedConfig
+from graftlm.errors import CheckpointMismatchError
 from graftlm.meter import Meter
 from graftlm.sharding import set_weight, whole_weight
 
@@ -32,12 +35,13 @@ class ComposedTrainer(Trainer):
     Raises:
         TypeError: If the model is not a `ComposedForCausalLM`.
         ValueError: If something else than bridges would be trained, or the layout is not one of
-            a single process, DDP, FSDP2 and DeepSpeed ZeRO-3.
+            a single process, DDP, FSDP2 and DeepSpeed ZeRO-3, or the loss is to be smoothed.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         check_trainable(self.model)
+        check_loss(self.args)
         state: Any = self.accelerator.state
         if self.is_fsdp_enabled:
             check_layout("fsdp_version", state.fsdp_plugin.fsdp_version, 2)
@@ -135,10 +139,18 @@ class ComposedTrainer(Trainer):
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
         folder = os.fspath(resume_from_checkpoint)
-        weights, parameters = read_weights(folder, read_config(folder)), self.named_weights()
+        config = read_config(folder)
+        check_same(config, self.composed.config, folder)
+        weights, parameters = read_weights(folder, config), self.named_weights()
         check_names(weights, parameters, folder)
         for name, parameter in parameters.items():
             set_weight(parameter, weights[name])
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # resumed where the run had ended
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
@@ -182,6 +194,51 @@ def check_trainable(model: Any) -> None:
                 f"{name} requires gradients, but checkpoints of ComposedTrainer hold bridges only; "
                 "freeze it, or use transformers.Trainer"
             )
+
+
+def check_loss(args: TrainingArguments) -> None:
+    """Refuse to smooth labels: Trainer shifts them for the classes it knows only.
+
+    Raises:
+        ValueError: If it is asked for; bridges would learn to copy the token that they see.
+    """
+    if args.label_smoothing_factor:
+        raise ValueError(
+            f"label_smoothing_factor is {args.label_smoothing_factor}, but Trainer would compare "
+            "each label with the logits of its own token; leave it at 0"
+        )
+
+
+def check_same(saved: ComposedConfig, config: ComposedConfig, folder: str) -> None:
+    """Refuse to go on from a checkpoint of another composition.
+
+    Raises:
+        CheckpointMismatchError: If it has other connections, or the weights of a base model differ.
+    """
+    if saved.connections != config.connections:
+        raise CheckpointMismatchError(
+            f"{folder} has the connections {written(saved)}, but this run has {written(config)}; "
+            "start anew in another output folder"
+        )
+    for name, base in config.bases.items():
+        here = base.get("fingerprint") or {}
+        there = saved.bases.get(name, {}).get("fingerprint") or {}
+        if here.get("dtype") != there.get("dtype") or not (
+            here.get("weights") and there.get("weights")
+        ):
+            continue  # not to be compared
+        if here["weights"] != there["weights"]:
+            raise CheckpointMismatchError(
+                f"{folder} was trained on another {role_of(name).removeprefix('the ')}: its "
+                "weights differ; start anew in another output folder"
+            )
+
+
+def written(config: ComposedConfig) -> str:
+    """Connections as the command line takes them."""
+    return ", ".join(
+        f"{c.augmenting}:{c.augmenting_layer}-{c.anchor_layer}" for c in config.connections
+    )
 
 
 def check_layout(setting: str, found: int, needed: int) -> None:

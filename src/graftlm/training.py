@@ -35,7 +35,7 @@ from graftlm.loading import compose
 from graftlm.processor import ComposedDataCollator, ComposedProcessor
 from graftlm.recipe import Recipe
 from graftlm.resuming import RECORD, Interruption, starting_point
-from graftlm.trainer import ComposedTrainer
+from graftlm.trainer import ComposedTrainer, check_loss
 from graftlm.watching import reports_to, watched
 
 # What suits freshly opened bridges; a recipe's `training` goes over it. Fractions are of all steps.
@@ -118,8 +118,8 @@ class Training:
             if interruption.has_stopped:
                 folder = str(Path(self.recipe.output_dir, f"checkpoint-{step}"))
                 return Outcome(folder=folder, step=step, metrics={}, stopped_by=interruption.signal)
+            trainer.save_model()  # before an evaluation, which may round the weights
             metrics = self.final_metrics(trainer)
-            trainer.save_model()
             trainer.save_state()
             # Trainer leaves its arguments as a pickle; what we hand over holds none.
             Path(self.recipe.output_dir, "training_args.bin").unlink(missing_ok=True)
@@ -166,11 +166,14 @@ class Training:
         return torch.autocast(self.arguments.device.type, dtype, enabled=is_mixed)
 
     def final_metrics(self, trainer: Trainer) -> dict[str, float]:
-        """The last losses; evaluates once more unless that was done at this very step."""
-        history = trainer.state.log_history
-        if self.evaluation is not None and not any(
-            "eval_loss" in entry and entry["step"] == trainer.state.global_step for entry in history
-        ):
+        """The last losses; evaluates once more unless that was done with these very weights."""
+        state = trainer.state
+        best = state.best_global_step if self.arguments.load_best_model_at_end else None
+        is_known = best in (None, state.global_step) and any(
+            "eval_loss" in entry and entry["step"] == state.global_step
+            for entry in state.log_history
+        )
+        if self.evaluation is not None and not is_known:
             trainer.evaluate()
         metrics: dict[str, float] = {}
         for entry in trainer.state.log_history:
@@ -275,7 +278,9 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
             warnings.warn(f"training.{name} has no effect: train always trains", stacklevel=2)
     # Our own display replaces the bar of transformers.
     values |= {"output_dir": recipe.output_dir, "seed": recipe.seed, "disable_tqdm": True}
-    return TrainingArguments(**values)
+    arguments = TrainingArguments(**values)
+    check_loss(arguments)
+    return arguments
 
 
 def base_configs(recipe: Recipe) -> dict[str, Any]:

@@ -123,7 +123,7 @@ def check_fingerprints(model: ComposedForCausalLM) -> list[Check]:
                 detail="" if different is None else f"{different} differs",
             )
         )
-        known = model.config.bases.get(name, {}).get("fingerprint") or {}
+        known = saved.bases.get(name, {}).get("fingerprint") or {}
         found: dict[str, tuple[str, str]] = {}  # what is compared: here, in the checkpoint
         if known.get("weights") and holds_plain_weights(base):
             kind, dtype = comparable(base, known)
@@ -234,7 +234,8 @@ def check_frozen(model: ComposedForCausalLM, ids: Tensor) -> Check:
     """Only bridges receive gradients, and the base models stay in evaluation mode."""
     model.train()
     model.zero_grad(set_to_none=True)
-    model(input_ids=ids, labels=ids).loss.backward()
+    with model.scaled(dict.fromkeys(model.config.scales, 1)):  # what is off has no gradient
+        model(input_ids=ids, labels=ids).loss.backward()
     bridges = {id(parameter) for parameter in model.bridges.parameters()}
     moved = [
         name for name, p in model.named_parameters() if p.grad is not None and id(p) not in bridges

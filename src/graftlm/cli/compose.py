@@ -17,6 +17,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_loading(parser)
 
 
+def check_untrained(folder: str) -> None:
+    """Refuse to replace bridges that have learned something.
+
+    Raises:
+        ValueError: If there are some.
+    """
+    from pathlib import Path
+
+    from safetensors.torch import load_file
+
+    from graftlm.checkpoint import WEIGHTS
+
+    if not (place := Path(folder, WEIGHTS)).is_file():
+        return
+    tensors = load_file(place)
+    gates = [tensor for name, tensor in tensors.items() if name.endswith(".gate")]
+    opened = gates or [t for name, t in tensors.items() if name.endswith(".cross_o.weight")]
+    if any(bool(tensor.any()) for tensor in opened):
+        raise ValueError(
+            f"{folder} holds trained bridges, which fresh ones would replace; choose another "
+            "--output, or delete it first"
+        )
+
+
 def run(args: argparse.Namespace) -> int:
     """Compose, save and show."""
     from transformers import set_seed
@@ -36,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
         },
         "the command",
     )
+    check_untrained(args.output)
     set_seed(args.seed)
     model = compose(recipe.anchor, recipe.augmenting, **recipe.compose_options())
     model.save_pretrained(args.output)

@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     }
     seed = args.seed or 0
     if args.compare:
-        compare(model, tokenizer, inputs, settings, seed)
+        compare(model, tokenizer, prompt, settings, chat=args.chat, seed=seed)
         return 0
     from transformers import TextStreamer
 
@@ -160,7 +160,15 @@ def first_known(*values: int | None) -> int | None:
     return next((value for value in values if value is not None), None)
 
 
-def compare(model: Any, tokenizer: Any, inputs: Any, settings: dict[str, Any], seed: int) -> None:
+def compare(
+    model: Any,
+    tokenizer: Any,
+    text: str,
+    settings: dict[str, Any],
+    *,
+    chat: bool,
+    seed: int,
+) -> None:
     """Print what the anchor, each augmenting model and the composed model write, side by side."""
     from rich.columns import Columns
     from rich.panel import Panel
@@ -171,13 +179,9 @@ def compare(model: Any, tokenizer: Any, inputs: Any, settings: dict[str, Any], s
 
     def text_of(part: Any, theirs: Any = None) -> str:
         set_seed(seed)
-        splitter, prompt, options = tokenizer, inputs, settings
-        if theirs is not None:  # a model of other tokens reads the same text
-            text = tokenizer.decode(inputs["input_ids"][0], skip_special_tokens=True)
-            splitter, prompt = (
-                theirs,
-                theirs(text, return_tensors="pt", return_token_type_ids=False),
-            )
+        splitter, prompt, options = tokenizer, encode(text, tokenizer, chat), settings
+        if theirs is not None:  # a model of other tokens reads the same text, in its own markup
+            splitter, prompt = theirs, encode(text, theirs, chat and bool(theirs.chat_template))
             options = settings | {
                 "pad_token_id": first_known(theirs.pad_token_id, theirs.eos_token_id)
             }
