@@ -4,10 +4,13 @@ import copy
 from typing import Any
 
 import pytest
+from tokenizers import AddedToken, Tokenizer
+from transformers import PreTrainedTokenizerFast
 
-from graftlm.chat import PLAIN_TEMPLATE, ROLES, ChatFormat, MessageFinder, symbols_of
+from graftlm.chat import PLAIN_TEMPLATE, ROLES, ChatFormat, MessageFinder
 from graftlm.processor import ComposedProcessor
 from graftlm.reading import TextReader, read_row
+from graftlm.symbols import Symbols, symbols_of
 from two_tokenizers import byte_tokenizer, compose_pair, word_tokenizer
 
 MARKED = (
@@ -53,26 +56,29 @@ def read_chat(ours: Any, theirs: Any, messages: Any) -> tuple[list[int], Any]:
 
 @pytest.mark.parametrize("template", [MARKED, DEFAULT_SYSTEM])
 def test_headers_and_footers_are_learned_from_a_template(template: str) -> None:
-    found = ChatFormat.of(with_template(byte_tokenizer(), template))
-    assert found is not None
-    assert found.headers == {role: f"<|im_start|>{role}\n" for role in ROLES}
-    assert found.footers == dict.fromkeys(ROLES, "<|im_end|>\n")
+    tokenizer = with_template(byte_tokenizer(), template)
+    for found in (ChatFormat.written(tokenizer), ChatFormat.tokenized(tokenizer)):
+        assert found is not None
+        headers = {role: symbols_of(tokenizer, f"<|im_start|>{role}\n") for role in ROLES}
+        assert found.headers == headers
+        assert found.footers == dict.fromkeys(ROLES, symbols_of(tokenizer, "<|im_end|>\n"))
 
 
 def test_a_template_without_a_system_takes_it_for_a_user() -> None:
-    found = ChatFormat.of(with_template(word_tokenizer(), TURNS))
+    found = ChatFormat.written(with_template(word_tokenizer(), TURNS))
     assert found is not None
     assert found.headers == {
-        "user": "[user]\n",
-        "assistant": "[model]\n",
-        "system": "[user]\n",
+        "user": (*"[user]\n",),
+        "assistant": (*"[model]\n",),
+        "system": (*"[user]\n",),
     }
-    assert set(found.footers.values()) == {"[/]\n"}
+    assert set(found.footers.values()) == {(*"[/]\n",)}
 
 
 @pytest.mark.parametrize("template", [None, "{{ messages[0]['content'] }}", "{{ oops( }}"])
 def test_some_templates_mark_no_messages(template: str | None) -> None:
-    assert ChatFormat.of(with_template(byte_tokenizer(), template)) is None
+    assert ChatFormat.written(with_template(byte_tokenizer(), template)) is None
+    assert MessageFinder.of(with_template(byte_tokenizer(), template)) is None
 
 
 def test_a_chat_anchor_reads_a_chat_model_in_its_own_markup() -> None:
@@ -124,9 +130,8 @@ def test_text_that_only_looks_like_markup_stays_text() -> None:
 
 def test_markup_is_found_however_the_stream_is_cut() -> None:
     ours = with_template(byte_tokenizer(), MARKED)
-    chat_format = ChatFormat.of(ours)
-    assert chat_format is not None
-    finder = MessageFinder(ours, chat_format)
+    finder = MessageFinder.of(ours)
+    assert finder is not None
     symbols = symbols_of(ours, "x<|im_end|>\n<|im_start|>user\n<|im_start|>us<|im_end|>y")
     held, whole = finder.find((), symbols)
     assert held == ()
@@ -182,3 +187,162 @@ def test_a_conversation_is_found_in_every_kind_of_markup(template: str) -> None:
     rest = [token for token, _ in TextReader(ours, theirs).unsettled(row.reading)]
     seen = plain(theirs.decode([*row.ids, *rest]))
     assert seen == theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+
+
+# ---- templates of real families, shortened ---------------------------------------------------
+
+LLAMA_2 = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('not here') }}"
+    "{% elif m['role'] == 'user' %}{{ '<s>[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] + ' </s>' }}{% endif %}{% endfor %}"
+)
+MISTRAL = (
+    "{{ '<s>' }}{% for m in messages %}{% if m['role'] == 'system' %}"
+    "{{ raise_exception('not here') }}{% elif m['role'] == 'user' %}"
+    "{{ '[INST] ' + m['content'] + '[/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] + '</s>' }}{% endif %}{% endfor %}"
+)
+# The system's words stand in the user's first turn.
+GEMMA = (
+    "{{ '<s>' }}{% set ns = namespace(first='') %}{% for m in messages %}"
+    "{% if m['role'] == 'system' %}{% set ns.first = m['content'] + '\n\n' %}{% else %}"
+    "{{ '<turn>' + ('model' if m['role'] == 'assistant' else 'user') + '\n' + ns.first }}"
+    "{% set ns.first = '' %}{{ m['content'] + '</turn>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<turn>model\n' }}{% endif %}"
+)
+LLAMA_3 = (
+    "{{ '<s>' }}{% for m in messages %}{{ '<turn>' + m['role'] + '</turn>\n\n' }}"
+    "{% if m['role'] == 'system' %}{{ 'Today is ' + strftime_now('%d %b %Y') + '.\n\n' }}"
+    "{% endif %}{{ m['content'] + '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<turn>assistant</turn>\n\n' }}{% endif %}"
+)
+DEEPSEEK = (
+    "{{ '<s>' }}{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'] }}"
+    "{% elif m['role'] == 'user' %}{{ '<user>' + m['content'] }}"
+    "{% else %}{{ '<model>' + m['content'] + '</s>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<model>' }}{% endif %}"
+)
+# Its marks swallow the line break behind them.
+PHI = (
+    "{% for m in messages %}{{ '<' + m['role'] + '>\n' + m['content'] + '<end>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>\n' }}{% endif %}"
+)
+# The first message begins without the line break that ends the one before.
+OLMO = (
+    "{{ '<s>' }}{% for m in messages %}{% if not loop.first %}{{ '\n' }}{% endif %}"
+    "{{ '<|' + m['role'] + '|>\n' + m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ '</s>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\n<|assistant|>\n' }}{% endif %}"
+)
+# Only the last answer has a place to think, which is empty.
+QWEN_3 = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if loop.last and m['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+FAMILIES = {
+    "llama 2": LLAMA_2,
+    "mistral": MISTRAL,
+    "gemma": GEMMA,
+    "llama 3": LLAMA_3,
+    "deepseek": DEEPSEEK,
+    "phi": PHI,
+    "olmo": OLMO,
+    "qwen 3": QWEN_3,
+    "words": WORDS,
+    "chatml": MARKED,
+}
+SPECIAL = ("<s>", "</s>", "[INST]", "[/INST]", "<turn>", "</turn>", "<user>", "<model>")
+SWALLOWING = ("<system>", "<assistant>", "<end>")
+
+
+def family(name: str) -> Any:
+    """Single bytes, the family's template, and the special tokens it has there."""
+    if name == "chatml":
+        return with_template(byte_tokenizer(), MARKED)
+    core = Tokenizer.from_str(byte_tokenizer().backend_tokenizer.to_str())
+    special = [s for s in SPECIAL if not (name == "llama 2" and "INST" in s)]
+    tokens = [AddedToken(s, normalized=False, rstrip=name == "phi") for s in special]
+    if name == "phi":
+        tokens += [AddedToken(s, normalized=False, rstrip=True) for s in SWALLOWING]
+    core.add_special_tokens(tokens)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", chat_template=FAMILIES[name]
+    )
+
+
+def seen_by(ours: Any, theirs: Any, messages: Any, **options: Any) -> str:
+    """What an augmenting model has read when the anchor has a chat."""
+    chat: Any = ours.apply_chat_template(messages, tokenize=True, return_dict=False, **options)
+    reader = TextReader(ours, theirs)
+    row = read_row(reader, None, chat, [True] * len(chat))
+    return theirs.decode([*row.ids, *(token for token, _ in reader.unsettled(row.reading))])
+
+
+LONG = [
+    {"role": "user", "content": "Where is the fox?"},
+    {"role": "assistant", "content": "Over the dog.\n\nIt jumps."},
+    {"role": "user", "content": "Why so?"},
+]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_messages_of_every_family_are_found(name: str) -> None:
+    theirs = with_template(byte_tokenizer(), MARKED)
+    seen = seen_by(family(name), theirs, LONG, add_generation_prompt=True)
+    wanted = theirs.apply_chat_template(LONG, tokenize=False, add_generation_prompt=True)
+    if name in ("llama 2", "mistral"):  # an answer begins with a space, which is not there yet
+        wanted = wanted.removesuffix("<|im_end|>\n<|im_start|>assistant\n")
+        assert seen.startswith(wanted)
+    else:
+        assert seen == wanted
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_messages_are_written_as_every_family_writes_them(name: str) -> None:
+    theirs, ours = family(name), with_template(byte_tokenizer(), MARKED)
+    seen = seen_by(ours, theirs, LONG, add_generation_prompt=True)
+    wanted: Any = theirs.apply_chat_template(
+        LONG, tokenize=True, add_generation_prompt=True, return_dict=False
+    )
+    # BOS is what the tokenizer puts before a text; this one puts none.
+    assert seen.rstrip(" ") == theirs.decode(wanted).removeprefix("<s>").rstrip(" ")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_text_is_no_chat_of_any_family(name: str) -> None:
+    """Where an answer begins with a space only, each word was an answer."""
+    ours, theirs = family(name), with_template(byte_tokenizer(), MARKED)
+    text = f"{ours.bos_token or ''}The quick brown fox: it jumps."
+    ids = ours(text, add_special_tokens=False)["input_ids"]
+    reader = TextReader(ours, theirs)
+    row = read_row(reader, None, ids, [True] * len(ids))
+    rest = [token for token, _ in reader.unsettled(row.reading)]
+    assert theirs.decode([*row.ids, *rest]) == "The quick brown fox: it jumps."
+
+
+def test_a_system_message_is_one_on_every_day() -> None:
+    """What a template says of the date is part of the message, not of its header."""
+    system = [{"role": "system", "content": "Be kind."}, *LONG[:1]]
+    theirs = with_template(byte_tokenizer(), MARKED)
+    seen = seen_by(family("llama 3"), theirs, system)
+    assert seen.startswith("<|im_start|>system\nToday is ")
+    assert "Be kind.<|im_end|>\n<|im_start|>user\nWhere is the fox?" in seen
+    written = ChatFormat.written(family("llama 3"))
+    assert written is not None
+    assert "Today" not in spelled(written.headers["system"])
+
+
+def spelled(symbols: Symbols) -> str:
+    return "".join(map(str, symbols))
+
+
+@pytest.mark.parametrize("name", ["gemma", "llama 2", "mistral"])
+def test_a_system_without_a_turn_of_its_own_is_a_user(name: str) -> None:
+    system = [{"role": "system", "content": "Be kind."}, *LONG[:1]]
+    theirs = family(name)
+    seen = seen_by(with_template(byte_tokenizer(), MARKED), theirs, system)
+    users = [{"role": "user", "content": "Be kind."}, *LONG[:1]]
+    wanted = theirs.decode(theirs.apply_chat_template(users, tokenize=True, return_dict=False))
+    assert seen == wanted.removeprefix("<s>")

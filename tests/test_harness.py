@@ -1,5 +1,6 @@
 """lm-eval on composed models gives what the model itself says; parts give what they say alone."""
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from lm_eval.models.huggingface import HFLM
 
 from graftlm.harness import GraftLM
 from tiny import save_pair
-from two_tokenizers import PROMPTS, compose_pair
+from two_tokenizers import PROMPTS, byte_tokenizer, compose_pair
 
 PAIRS = [
     ("The quick", " brown fox jumps"),
@@ -140,6 +141,15 @@ def test_a_part_is_what_lm_eval_makes_of_its_own_folder(folders, part):
     options = {"until": ["\n"], "max_gen_toks": 9}
     asked = instances("generate_until", [(text, options) for text in ("The quick", "def add(fi")])
     assert ours.generate_until(asked, True) == theirs.generate_until(asked, True)
+
+
+def test_bos_is_put_before_if_asked_for(two):
+    """lm-eval tells a tokenizer so when it loads it; ours are loaded already."""
+    tokenizer = copy.deepcopy(byte_tokenizer())
+    tokenizer.bos_token = "<pad>"
+    plain = GraftLM(two, tokenizer=copy.deepcopy(tokenizer)).tok_encode("fox")
+    asked = GraftLM(two, tokenizer=tokenizer, add_bos_token=True).tok_encode("fox")
+    assert asked == [tokenizer.bos_token_id, *plain]
 
 
 def test_parts_of_a_loaded_model_use_their_own_tokens(two):

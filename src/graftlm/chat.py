@@ -1,16 +1,18 @@
 """Chats across tokenizers: find messages in one model's markup, write them in another's.
 
-Every chat template writes a message as header, content, footer. `ChatFormat.of` learns a model's
-headers and footers by rendering a chat of known contents. `MessageFinder` recognises them in the
-text and special tokens a reading comes across, one symbol at a time.
+Every chat template writes a message as header, content, footer. `ChatFormat` learns a model's
+headers and footers from chats of known contents. `MessageFinder` recognises them in the text and
+special tokens a reading comes across, one symbol at a time.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+
+from graftlm.symbols import Symbols, symbols_in, symbols_of, text_of
 
 ROLES = ("system", "user", "assistant")
 # For an anchor without a template of its own, beside an augmenting model that has one.
@@ -18,113 +20,190 @@ PLAIN_TEMPLATE = (
     "{% for m in messages %}### {{ m['role'] | capitalize }}\n{{ m['content'] }}\n\n{% endfor %}"
     "{% if add_generation_prompt %}### Assistant\n{% endif %}"
 )
-CONTENTS = ("\u2460one\u2460", "\u2461two\u2461", "\u2462three\u2462")
-
-Symbols = tuple[str | int, ...]  # characters of text, and ids of special tokens
+CONTENTS = ("zq1qz", "zq2qz", "zq3qz")  # that no template writes
+TURNS = tuple(
+    {"role": role, "content": content}
+    for role, content in zip(("user", "assistant", "user"), CONTENTS, strict=True)
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChatFormat:
-    """What a model's template writes around messages, as text that holds special tokens.
+    """What a model's template writes around messages.
 
     Args:
         headers: Before a message, by role.
         footers: Behind it.
+        first: Before the user's message that opens a chat; BOS is no part of it.
         opening: Before an answer that is to be generated; may say more than the header, such as
             `<think>`.
     """
 
-    headers: Mapping[str, str]
-    footers: Mapping[str, str]
-    opening: str
+    headers: Mapping[str, Symbols]
+    footers: Mapping[str, Symbols]
+    first: Symbols
+    opening: Symbols
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase) -> "ChatFormat | None":
-        """The format of a tokenizer's chat template; None if there is none that marks messages."""
-        if not tokenizer.chat_template:
-            return None
-        user, assistant, again = CONTENTS
-        turns = [
-            {"role": "user", "content": user},
-            {"role": "assistant", "content": assistant},
-            {"role": "user", "content": again},
-        ]
+    def written(cls, tokenizer: PreTrainedTokenizerBase) -> "ChatFormat | None":
+        """As text to be tokenized; None if there is no template that marks messages."""
+        return learn(tokenizer, symbols_of)
 
-        def render(messages: list[dict[str, str]], opens_turn: bool = False) -> str:
-            text: Any = tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=opens_turn
-            )
-            return text
+    @classmethod
+    def tokenized(cls, tokenizer: PreTrainedTokenizerBase) -> "ChatFormat | None":
+        """As the tokens of a chat say it: some swallow a space or a line break, or add one."""
 
-        try:
-            start, closed = render(turns[:1]).split(user)
-            _, opened = render(turns[:1], opens_turn=True).split(user)
-            _, ended = render(turns[:2]).split(assistant)
-            between = render(turns).split(assistant)[1].split(again)[0]
-            answered = render(turns[:2]).split(user)[1].split(assistant)[0]
-        except (TemplateError, ValueError, TypeError, IndexError):
-            return None  # no template for chats such as this one
-        ended = ended.removesuffix(tokenizer.eos_token or "") or ended
-        starts = (opened.startswith(closed), answered.startswith(closed), between.startswith(ended))
-        if not all(starts):
-            return None
-        headers = {"user": between[len(ended) :], "assistant": answered[len(closed) :]}
-        footers = {"user": closed, "assistant": ended}
-        try:
-            system = [{"role": "system", "content": again}]
-            text = render([*system, *turns[:1]])
-            before, after = text.split(again)
-            footers["system"] = after.split(user)[0].removesuffix(headers["user"])
-            # What stands before everything (BOS) is no part of the header.
-            start = start.removesuffix(headers["user"])
-            headers["system"] = before.removeprefix(common_start(before, start, headers))
-        except (TemplateError, ValueError, TypeError):
-            # Some templates know no system; what it says is then a user's turn.
-            headers["system"], footers["system"] = headers["user"], footers["user"]
-        if not all(headers.values()):
-            return None
-        return cls(headers=headers, footers=footers, opening=opened[len(closed) :])
+        def symbols(tokenizer: PreTrainedTokenizerBase, text: str) -> Symbols:
+            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            return symbols_in(tokenizer, list(ids))
+
+        return learn(tokenizer, symbols)
 
 
-def common_start(one: str, other: str, headers: Mapping[str, str]) -> str:
-    """What two renderings begin with, up to where the headers begin."""
-    first = next(iter(headers["user"]))
-    length = 0
-    while length < min(len(one), len(other)) and one[length] == other[length]:
-        length += 1
-    shared = one[:length]
-    # A default system prompt may make more of it shared than what stands before everything.
-    return shared[: shared.index(first)] if first in shared else shared
+def learn(
+    tokenizer: PreTrainedTokenizerBase,
+    read: Callable[[PreTrainedTokenizerBase, str], Symbols],
+) -> ChatFormat | None:
+    """The format of a template, from chats that it writes."""
+    if not tokenizer.chat_template:
+        return None
+
+    def render(*messages: dict[str, str], opens_turn: bool = False) -> Symbols:
+        text: Any = tokenizer.apply_chat_template(
+            [*messages], tokenize=False, add_generation_prompt=opens_turn
+        )
+        return read(tokenizer, text)
+
+    user, assistant, again = CONTENTS
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    try:
+        start, closed = cut(render(TURNS[0]), user)
+        _, opened = cut(render(TURNS[0], opens_turn=True), user)
+        _, ended = cut(render(*TURNS[:2]), assistant)
+        # What stands in a history, which may be less than what stands in the last turn.
+        answered, rest = cut(cut(render(*TURNS), user)[1], assistant)
+        between, _ = cut(rest, again)
+    except (TemplateError, ValueError, TypeError):
+        return None  # no template for chats such as this one
+    if between[: len(ended)] != ended:  # the end of a text may be no part of its last message
+        ended = without_end(ended, (eos,))
+    starts = ((opened, closed), (answered, closed), (between, ended))
+    if any(whole[: len(part)] != part for whole, part in starts):
+        return None
+    headers = {"user": between[len(ended) :], "assistant": answered[len(closed) :]}
+    footers = {"user": closed, "assistant": ended}
+    if not is_mark(headers["user"]) or headers["user"] == headers["assistant"]:
+        return None
+    if not is_mark(closed + headers["assistant"]) or not headers["assistant"]:
+        return None
+    start = start[start[:1] == (bos,) :]
+    # A system prompt that nobody asked for may stand before the first message.
+    first = start if ends_with(headers["user"], start) and is_mark(start) else headers["user"]
+    headers["system"], footers["system"] = headers["user"], footers["user"]
+    try:
+        before, rest = cut(render({"role": "system", "content": again}, TURNS[0]), again)
+        after, _ = cut(rest, user)
+        before = before[before[:1] == (bos,) :]
+    except (TemplateError, ValueError, TypeError):
+        before, after = first, ()  # some templates know no system; it is then a user's turn
+    header = next((own for own in (headers["user"], first) if ends_with(after, own)), None)
+    # Others write the system's words into the user's first turn: that is a user's, too.
+    if header is not None and before not in (headers["user"], first):
+        headers["system"] = system_header(before, first)
+        footers["system"] = without_end(after, header)
+    return ChatFormat(headers=headers, footers=footers, first=first, opening=opened[len(closed) :])
+
+
+def system_header(before: Symbols, user: Symbols) -> Symbols:
+    """The header among what stands before a system message, which may go on with the date.
+
+    It is the user's with another role, if it begins so.
+    """
+    try:
+        ahead, behind = cut(user, "user")
+    except ValueError:
+        return before
+    header = (*ahead, *"system", *behind)
+    return header if before[: len(header)] == header else before
+
+
+def cut(symbols: Symbols, content: str) -> tuple[Symbols, Symbols]:
+    """What stands before and behind a content.
+
+    Raises:
+        ValueError: If it is not there exactly once.
+    """
+    wanted, size = tuple(content), len(content)
+    places = [k for k in range(len(symbols)) if symbols[k : k + size] == wanted]
+    if len(places) != 1:
+        raise ValueError(f"{content!r} stands in the chat {len(places)} times")
+    return symbols[: places[0]], symbols[places[0] + size :]
+
+
+def ends_with(symbols: Symbols, end: Symbols) -> bool:
+    """Whether something ends with something that is not nothing."""
+    return bool(end) and symbols[-len(end) :] == end
+
+
+def without_end(symbols: Symbols, end: Symbols) -> Symbols:
+    """The same without its end, if it ends so."""
+    return symbols[: -len(end)] if ends_with(symbols, end) else symbols
+
+
+def is_mark(symbols: Symbols) -> bool:
+    """Whether it says more than spaces and line breaks do, which any text may hold."""
+    return any(isinstance(symbol, int) or not symbol.isspace() for symbol in symbols)
 
 
 class MessageFinder:
     """Replaces the headers and footers of one model in a stream of symbols by what they say.
 
-    A footer of plain text, such as a blank line, is one only where a header follows.
+    A footer of plain text, such as a blank line, is one only where a header follows, and a header
+    of spaces only behind a footer.
 
     Args:
-        tokenizer: Of the model whose markup it is.
-        chat_format: Of that tokenizer.
+        chat_format: Of the model whose markup it is, as its tokens say it.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat):
+    def __init__(self, chat_format: ChatFormat):
         headers = [(chat_format.headers[role], role) for role in ROLES]
+        headers.append((chat_format.first, "user"))
         headers.append((chat_format.opening or chat_format.headers["assistant"], "assistant"))
+        marks = [(header, role) for header, role in headers if is_mark(header)]
+        blanks = [(header, role) for header, role in headers if header and not is_mark(header)]
         self.patterns: dict[Symbols, list[tuple[str, str]]] = {}
-        for footer in sorted(set(chat_format.footers.values()) - {""}):
-            symbols = symbols_of(tokenizer, footer)
-            words = "".join(s for s in symbols if isinstance(s, str))
-            if words != footer:
-                self.patterns[symbols] = [("close", words)]
-                continue
-            for header, role in headers:
-                both = symbols_of(tokenizer, footer + header)
-                self.patterns[both] = [("close", footer), ("open", role)]
-        for header, role in headers:
-            self.patterns[symbols_of(tokenizer, header)] = [("open", role)]
+        for footer in sorted({*chat_format.footers.values()} - {()}, key=repr):
+            words = text_of(footer)
+            is_plain = len(words) == len(footer)
+            if not is_plain:
+                self.patterns[footer] = [("close", words)]
+            behind = marks if is_plain else []
+            if footer == chat_format.footers["user"]:
+                behind = [*behind, *blanks]
+            for header, role in behind:
+                self.patterns[footer + header] = [("close", words), ("open", role)]
+        for header, role in marks:
+            self.patterns[header] = [("open", role)]
         self.beginnings = {
             pattern[:length] for pattern in self.patterns for length in range(1, len(pattern))
         }
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> "MessageFinder | None":
+        """The finder for a tokenizer's chats; None if it marks no messages that could be found."""
+        chat_format = ChatFormat.tokenized(tokenizer)
+        if chat_format is None:
+            return None
+        finder = cls(chat_format)
+        chat: Any = tokenizer.apply_chat_template(list(TURNS), tokenize=True, return_dict=False)
+        _, found = finder.find((), symbols_in(tokenizer, list(chat)))
+        opened_by, said = "", []
+        for kind, value in found:
+            if kind == "open":
+                opened_by = value
+            elif kind == "text" and value.strip() in CONTENTS:
+                said.append({"role": opened_by, "content": value.strip()})
+        return finder if said == list(TURNS) else None
 
     def find(self, held: Symbols, symbols: Symbols) -> tuple[Symbols, list[tuple[str, str]]]:
         """Read on.
@@ -164,17 +243,3 @@ def joined(found: list[tuple[str, str]]) -> Iterator[tuple[str, str]]:
         yield kind, value
     if text:
         yield "text", text
-
-
-def symbols_of(tokenizer: PreTrainedTokenizerBase, text: str) -> Symbols:
-    """Text with special tokens in it, as characters and ids."""
-    special = sorted(
-        ((t.content, i) for i, t in tokenizer.added_tokens_decoder.items() if t.special),
-        key=lambda entry: -len(entry[0]),
-    )
-    symbols: list[str | int] = []
-    while text:
-        token = next(((c, i) for c, i in special if text.startswith(c)), None)
-        symbols.append(text[0] if token is None else token[1])
-        text = text[1 if token is None else len(token[0]) :]
-    return tuple(symbols)

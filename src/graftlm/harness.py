@@ -100,6 +100,9 @@ class GraftLM(HFLM):
                 if set(self.composed_config.alignments.values()) != {"identity"}:
                     raise
             tokenizer = tokenizer_of(processor, self.composed_config, self.part)
+        # A finished tokenizer is told here what others are told when they are loaded.
+        if options.get("add_bos_token") is not None and not isinstance(tokenizer, str):
+            tokenizer.add_bos_token = options["add_bos_token"]
         super()._create_tokenizer(pretrained, tokenizer, **options)
 
     def _create_model(  # pyrefly: ignore[bad-override]

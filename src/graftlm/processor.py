@@ -41,7 +41,9 @@ class ComposedProcessor:
         augmenting_tokenizers: Mapping[str, PreTrainedTokenizerBase],
         config: ComposedConfig,
     ):
-        if not tokenizer.chat_template and any(map(ChatFormat.of, augmenting_tokenizers.values())):
+        if not tokenizer.chat_template and any(
+            map(ChatFormat.written, augmenting_tokenizers.values())
+        ):
             tokenizer = copy.deepcopy(tokenizer)
             tokenizer.chat_template = PLAIN_TEMPLATE
         self.tokenizer = tokenizer

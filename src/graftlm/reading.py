@@ -15,8 +15,9 @@ from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from graftlm.chat import ChatFormat, MessageFinder, Symbols, symbols_of
+from graftlm.chat import ChatFormat, MessageFinder
 from graftlm.stable import StableTokenizer, Tail
+from graftlm.symbols import Symbols, special_ids, spell
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -114,7 +115,8 @@ class Writing:
                 continue
             for token in group:
                 self.settle(self.stable.finish(self.tail))
-                self.tail = self.stable.start()
+                self.settled_chars = self.num_chars  # some tokenizers drop spaces
+                self.tail = self.stable.behind_special()
                 self.settle([(int(token), 0)])
 
     def settle(self, tokens: Iterable[tuple[int, int]]) -> None:
@@ -149,13 +151,10 @@ class TextReader(Reader):
         self.anchor = anchor
         self.augmenting = augmenting
         self.stable = StableTokenizer(augmenting)
-        our_format = ChatFormat.of(anchor)
-        self.finder = None if our_format is None else MessageFinder(anchor, our_format)
-        self.their_format = ChatFormat.of(augmenting)
+        self.finder = MessageFinder.of(anchor)
+        self.their_format = ChatFormat.written(augmenting)
         self.alignment = alignment
-        self.special = frozenset(
-            index for index, token in anchor.added_tokens_decoder.items() if token.special
-        )
+        self.special = special_ids(anchor)
 
     def start(self) -> Reading:
         """Before the first token: what the augmenting tokenizer puts before any text."""
@@ -173,7 +172,7 @@ class TextReader(Reader):
         if token in self.special:
             text, symbols, shown, pending = "", (token,), reading.shown, ()
         else:
-            text, shown, pending = self.spell(reading, token)
+            text, shown, pending = spell(self.anchor, reading.shown, reading.pending, token)
             symbols = tuple(text)
         held: Symbols = ()
         found = [("text", text)]
@@ -187,6 +186,8 @@ class TextReader(Reader):
                 writing.add_markup(self.footer(role))
                 role = ""
             else:
+                if role:  # some templates end a user's message with the next one's header only
+                    writing.add_markup(self.footer(role))
                 role = value
                 writing.add_markup(self.header(role, is_first=not writing.num_chars))
         return Reading(
@@ -210,32 +211,16 @@ class TextReader(Reader):
         """
         if self.their_format is None:
             return () if is_first else ("\n", "\n")
-        return symbols_of(self.augmenting, self.their_format.headers[role])
+        headers = self.their_format.headers
+        if is_first and headers[role] == headers["user"]:
+            return self.their_format.first
+        return headers[role]
 
     def footer(self, role: str) -> Symbols:
         """What it writes behind a message."""
         if self.their_format is None:
             return ()
-        return symbols_of(self.augmenting, self.their_format.footers[role])
-
-    def spell(self, reading: Reading, token: int) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
-        """The text one token adds, and the new `shown` and `pending` tokens.
-
-        How a token is spelled depends on the tokens before it (a space, half a character), so
-        it is decoded together with them.
-        """
-        pending = (*reading.pending, token)
-        before = self.decode(reading.shown)
-        text = self.decode((*reading.shown, *pending))
-        if len(text) <= len(before) or text.endswith("\ufffd"):
-            return "", reading.shown, pending
-        return text[len(before) :], pending, ()
-
-    def decode(self, tokens: tuple[int, ...]) -> str:
-        """The text of anchor tokens."""
-        if not tokens:
-            return ""
-        return self.anchor.backend_tokenizer.decode(list(tokens), skip_special_tokens=False)
+        return self.their_format.footers[role]
 
     def unsettled(self, reading: Reading) -> tuple[tuple[int, int], ...]:
         """Tokens of the text so far that are not settled."""

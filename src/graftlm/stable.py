@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from graftlm.characters import joins_backward, with_marks
-from graftlm.tokenizer_rules import AddedTokens, Rules, without_prefix
+from graftlm.tokenizer_rules import AddedTokens, Rules, begins_once, without_prefix
 from graftlm.word_tree import WordTree, backend, common
 
 CACHE_SIZE = 2**15
@@ -155,6 +155,7 @@ class StableTokenizer:
         """Make everything from a tokenizer's JSON."""
         self.backend = backend(spec)
         self.rules = Rules(spec)
+        self.begins_once = begins_once(spec)
         inner = without_prefix(spec)
         self.inner = self.backend if inner is None else backend({**inner, "post_processor": None})
         self.added = AddedTokens(spec, self.backend)
@@ -165,6 +166,10 @@ class StableTokenizer:
     def start(self) -> Tail:
         """Before any text."""
         return Tail("", "")
+
+    def behind_special(self) -> Tail:
+        """Behind a special token in a text, which some tokenizers do not take for a beginning."""
+        return Tail("", "", inside=self.begins_once)
 
     def append(self, tail: Tail, text: str) -> tuple[Tail, tuple[tuple[int, int], ...]]:
         """Read on.

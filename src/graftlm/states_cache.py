@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 FILE = "states.json"
-FORMAT = 1
+FORMAT = 2  # of the files, and of how models with tokens of their own read a text
 LENGTHS = "lengths"  # of a part's file: tokens of each example, by part of the model
 MADE_FOR = "made_for"  # in the metadata of a part's file
 OPEN_PARTS = 64  # a file that is open costs memory for its header, and addresses for its pages

@@ -220,6 +220,12 @@ def without_prefix(spec: dict[str, Any]) -> dict[str, Any] | None:
     }
 
 
+def begins_once(spec: dict[str, Any]) -> bool:
+    """Whether a space is put before a whole text only, and not behind its special tokens."""
+    splitters = steps(spec["pre_tokenizer"], "pretokenizers")
+    return bool(splitters) and splitters[0].get("prepend_scheme") == "first"
+
+
 def beginnings(contents: Iterable[str]) -> frozenset[str]:
     """What these begin with, themselves left out."""
     return frozenset(content[:n] for content in contents for n in range(1, len(content)))
