@@ -136,7 +136,7 @@ def cut(symbols: Symbols, content: str) -> tuple[Symbols, Symbols]:
     wanted, size = tuple(content), len(content)
     places = [k for k in range(len(symbols)) if symbols[k : k + size] == wanted]
     if len(places) != 1:
-        raise ValueError(f"{content!r} stands in the chat {len(places)} times")
+        raise ValueError(content)
     return symbols[: places[0]], symbols[places[0] + size :]
 
 
