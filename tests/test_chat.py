@@ -1,6 +1,7 @@
 """Chats across tokenizers: each model reads its own markup around the same contents."""
 
 import copy
+import json
 from typing import Any
 
 import pytest
@@ -336,6 +337,24 @@ def test_a_system_message_is_one_on_every_day() -> None:
 
 def spelled(symbols: Symbols) -> str:
     return "".join(map(str, symbols))
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+def test_spaces_behind_special_tokens_are_the_tokenizer_s_own(scheme: str) -> None:
+    """Llama's in transformers 5 puts one before a text, and none behind its special tokens."""
+    spec = json.loads(word_tokenizer().backend_tokenizer.to_str())
+    spec["pre_tokenizer"]["prepend_scheme"] = scheme
+    core = Tokenizer.from_str(json.dumps(spec))
+    core.add_special_tokens([AddedToken(s, normalized=False) for s in ("<turn>", "</turn>")])
+    theirs = PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", chat_template=GEMMA
+    )
+    ours = with_template(byte_tokenizer(), MARKED)
+    chat: Any = ours.apply_chat_template(LONG, tokenize=True, return_dict=False)
+    reader = TextReader(ours, theirs)
+    row = read_row(reader, None, chat, [True] * len(chat))
+    seen = [*row.ids, *(token for token, _ in reader.unsettled(row.reading))]
+    assert seen == theirs.apply_chat_template(LONG, tokenize=True, return_dict=False)
 
 
 @pytest.mark.parametrize("name", ["gemma", "llama 2", "mistral"])
