@@ -99,10 +99,18 @@ ABLATIONS = {
 DECAY = {"weight_decay": 0.01}
 TUNED = {
     "lora": replace(SYSTEMS["lora"], trains="lora-embeddings", training=DECAY),
-    "lora-domain": replace(
-        SYSTEMS["lora-domain"], trains="lora-embeddings", learns="mixed", training=DECAY
+    "lora-domain": System(
+        title="LoRA on domain data and D_C, mixed",
+        trains="lora-embeddings",
+        learns="mixed",
+        training=DECAY,
     ),
-    "full": replace(SYSTEMS["full"], learns="mixed", training=DECAY),
+    "full": System(
+        title="full fine-tuning on domain data and D_C, mixed",
+        trains="anchor",
+        learns="mixed",
+        training=DECAY,
+    ),
 }
 DOMAIN_SIZE = 166_400  # what m_A learned from; a preset that sees more gets more, in one course
 ABOUT = (
