@@ -96,21 +96,22 @@ def learn(
         return None
     if not is_mark(closed + headers["assistant"]) or not headers["assistant"]:
         return None
-    start = start[start[:1] == (bos,) :]
+    start = without_start(start, (bos,))
     # A system prompt that nobody asked for may stand before the first message.
     first = start if ends_with(headers["user"], start) and is_mark(start) else headers["user"]
+    # Some templates have no turn for a system message; what it says is then a user's.
     headers["system"], footers["system"] = headers["user"], footers["user"]
     try:
         before, rest = cut(render({"role": "system", "content": again}, TURNS[0]), again)
         after, _ = cut(rest, user)
-        before = before[before[:1] == (bos,) :]
     except (TemplateError, ValueError, TypeError):
-        before, after = first, ()  # some templates know no system; it is then a user's turn
-    header = next((own for own in (headers["user"], first) if ends_with(after, own)), None)
-    # Others write the system's words into the user's first turn: that is a user's, too.
-    if header is not None and before not in (headers["user"], first):
+        before = after = ()
+    before = without_start(before, (bos,))
+    users = (headers["user"], first)
+    behind = next((header for header in users if ends_with(after, header)), None)
+    if behind is not None and before not in users:
         headers["system"] = system_header(before, first)
-        footers["system"] = without_end(after, header)
+        footers["system"] = without_end(after, behind)
     return ChatFormat(headers=headers, footers=footers, first=first, opening=opened[len(closed) :])
 
 
@@ -143,6 +144,11 @@ def cut(symbols: Symbols, content: str) -> tuple[Symbols, Symbols]:
 def ends_with(symbols: Symbols, end: Symbols) -> bool:
     """Whether something ends with something that is not nothing."""
     return bool(end) and symbols[-len(end) :] == end
+
+
+def without_start(symbols: Symbols, start: Symbols) -> Symbols:
+    """The same without its beginning, if it begins so."""
+    return symbols[len(start) :] if symbols[: len(start)] == start else symbols
 
 
 def without_end(symbols: Symbols, end: Symbols) -> Symbols:
