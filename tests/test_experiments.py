@@ -168,59 +168,53 @@ def test_a_model_is_known_by_its_files(models: Models, tmp_path: Path, name: str
     assert kept.mark_of(copied) != before
 
 
-def test_a_killed_process_is_explained(
-    tmp_path: Path, experiment: Experiment, models: Models, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Killed:
-        def __init__(self, *args: Any, **kwargs: Any):
-            pass
+class FailingPool:
+    """Processes whose first job failed; notes what the user had been told when they were ended."""
 
-        def __enter__(self) -> "Killed":
-            return self
+    def __init__(self, error: Exception, console: Console):
+        self.error, self.console, self.told = error, console, ""
 
-        def __exit__(self, *args: Any) -> None:
-            pass
+    def __call__(self, *args: Any, **kwargs: Any) -> "FailingPool":
+        return self
 
-        def submit(self, *args: Any) -> Future:
-            future: Future = Future()
-            future.set_exception(BrokenProcessPool("killed"))
-            return future
+    def __enter__(self) -> "FailingPool":
+        return self
 
-        def shutdown(self, **kwargs: Any) -> None:
-            pass
+    def __exit__(self, *args: Any) -> None:
+        pass
 
-    monkeypatch.setattr(jobs, "ProcessPoolExecutor", Killed)
-    study = kept.Study(experiment=experiment, models=models, folder=tmp_path, device="cpu")
-    with pytest.raises(OSError, match="was killed, perhaps because memory ran out"):
-        list(jobs.outcomes(study, jobs.jobs_of(experiment, [("composed", 1)]), 2, QUIET))
+    def submit(self, *args: Any) -> Future:
+        future: Future = Future()
+        future.set_exception(self.error)
+        return future
+
+    def shutdown(self, **kwargs: Any) -> None:
+        self.told = self.console.export_text()
 
 
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (BrokenProcessPool("killed"), OSError, "was killed, perhaps because memory ran out"),
+        (ValueError("no such thing"), ValueError, "no such thing"),
+    ],
+)
 def test_a_failed_job_is_told_before_the_others_end(
-    experiment: Experiment, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    experiment: Experiment,
+    models: Models,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    kind: type[Exception],
+    message: str,
 ) -> None:
-    class Here:
-        def __init__(self, *args: Any, **kwargs: Any):
-            pass
-
-        def __enter__(self) -> "Here":
-            return self
-
-        def __exit__(self, *args: Any) -> None:
-            pass
-
-        def submit(self, *args: Any) -> Future:
-            future: Future = Future()
-            future.set_exception(ValueError("there is no such thing"))
-            return future
-
-        def shutdown(self, **kwargs: Any) -> None:
-            assert "composed, seed 0, failed (there is no such thing)" in console.export_text()
-
-    monkeypatch.setattr(jobs, "ProcessPoolExecutor", Here)
-    console = Console(record=True, quiet=False, file=io.StringIO())
+    console = Console(record=True, width=120, file=io.StringIO())
+    pool = FailingPool(error, console)
+    monkeypatch.setattr(jobs, "ProcessPoolExecutor", pool)
     study = kept.Study(experiment=experiment, models=models, folder=tmp_path, device="cpu")
-    with pytest.raises(ValueError, match="no such thing"):
+    with pytest.raises(kind, match=message):
         list(jobs.outcomes(study, jobs.jobs_of(experiment, [("composed", 1)]), 2, console))
+    assert f"composed, seed 0, failed ({error})" in pool.told
 
 
 def seen_gpu(number: int) -> str:
