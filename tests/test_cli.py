@@ -369,6 +369,21 @@ def test_compose_replaces_no_trained_bridges(
     output.of(*words, str(tmp_path / "fresh"))  # nothing is lost
 
 
+@pytest.mark.parametrize("command", ["compose", "train"])
+def test_no_base_model_is_replaced(
+    command: str, models: tuple[str, str], tmp_path: Path, output: Output
+) -> None:
+    base = shutil.copytree(models[0], tmp_path / "base")
+    before = {path.name: path.read_bytes() for path in base.iterdir()}
+    words = [command, "--anchor", models[0], "--augmenting", models[1]]
+    write_lines(tmp_path / "data.jsonl", [{"text": "some text"}])
+    if command == "train":
+        words += ["--data", str(tmp_path / "data.jsonl")]
+    message = f"{base} holds a model of type 'llama', which bridges would replace; choose another"
+    assert message in output.of(*words, "--output", str(base), status=2)
+    assert {path.name: path.read_bytes() for path in base.iterdir()} == before
+
+
 def test_generate_compares_chats_in_each_model_s_markup(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

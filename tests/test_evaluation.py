@@ -141,6 +141,24 @@ def test_a_changed_chat_template_is_another_argument(folder, tmp_path):
     assert {part for part in one if one[part] != other[part]} == {"composed", "anchor"}
 
 
+def test_chat_templates_are_those_of_the_models_that_are_given(folder, models, tasks, tmp_path):
+    moved = shutil.copytree(models[1], tmp_path / "moved")
+    options: dict[str, Any] = {
+        "include_path": tasks,
+        "limit": 1,
+        "parts": ["code"],
+        "apply_chat_template": True,
+        "output": tmp_path / "out",
+        "augmenting": moved,
+    }
+    template = moved / "chat_template.jinja"
+    template.write_text("{{ messages[-1]['content'] }}")
+    evaluate(folder, ["tiny_text"], **options)
+    template.write_text("{{ messages[-1]['content'] }}!")
+    with pytest.raises(ValueError, match="holds results for chat_templates"):
+        evaluate(folder, ["tiny_text"], **options)
+
+
 def test_changed_tasks_are_other_arguments(folder, tasks, tmp_path):
     options: dict[str, Any] = {
         "include_path": tasks,

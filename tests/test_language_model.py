@@ -168,7 +168,9 @@ def test_one_process_at_a_time_makes_a_folder(tmp_path, capsys) -> None:
     with language_model.alone(tmp_path / "model"):
         waiting = threading.Thread(target=second)
         waiting.start()
-        while "waiting for the process that makes" not in capsys.readouterr().err:
+        told, end = "", time.monotonic() + 60
+        while "waiting for the process that makes" not in told and time.monotonic() < end:
+            told += capsys.readouterr().err
             time.sleep(0.01)
         order.append("first")
     waiting.join()

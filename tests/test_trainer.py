@@ -1,6 +1,7 @@
 """Checkpoints of `ComposedTrainer`: what is in them, what is refused."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from torch import nn
 from transformers import TrainingArguments
 
 from graftlm import CheckpointMismatchError, ComposedTrainer, compose
+from graftlm.checkpoint import read_config
 from graftlm.optimizer_state import check_writable, gather, read, restore, write
 from graftlm.recipe import Recipe
-from graftlm.trainer import check_layout, check_precision
+from graftlm.trainer import check_layout, check_precision, check_same
 from graftlm.training import prepare
 from test_training import assert_same, weights
 from tiny import quick_recipe, save_pair
@@ -79,7 +81,36 @@ def test_the_best_bridges_are_taken_at_the_end(values: dict[str, Any]) -> None:
     state = json.loads((folder / "trainer_state.json").read_text())
     assert_same(weights(folder), weights(state["best_model_checkpoint"]))
     told = json.loads((folder / "training.json").read_text())["metrics"]
-    assert told["eval_loss"] == pytest.approx(state["best_metric"], rel=1e-6)  # of what is saved
+    assert told["eval_loss"] == state["best_metric"]  # of what is saved
+    steps = [entry["step"] for entry in state["log_history"] if "eval_loss" in entry]
+    assert steps == [2, 4]  # the curve has no second value at its end
+
+
+def test_a_finished_run_that_goes_on_tells_no_loss_of_no_steps(values: dict[str, Any]) -> None:
+    train(values)
+    values["eval_fraction"] = 0.25
+    with pytest.warns(UserWarning, match="the recipe differs in eval_fraction"):
+        training = prepare(Recipe.from_mapping(values), resume=True)
+    assert training.run().metrics.keys() == {"eval_loss", "eval_perplexity"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_heads": 2}, "has num_heads 4, but this run has 2; start anew"),
+        ({"position": "none"}, "has position 'distance', but this run has 'none'"),
+        ({"reads": "prompt"}, "has reads 'sequence', but this run has 'prompt'"),
+    ],
+)
+def test_a_checkpoint_that_no_weight_tells_apart_is_refused(
+    values: dict[str, Any], change: dict[str, Any], message: str
+) -> None:
+    cut_back(values)
+    with (
+        pytest.warns(UserWarning, match="the recipe differs in"),
+        pytest.raises(CheckpointMismatchError, match=re.escape(message)),
+    ):
+        prepare(Recipe.from_mapping(values | change), resume=True).run()
 
 
 def test_a_checkpoint_on_another_base_is_refused(values: dict[str, Any], tmp_path: Path) -> None:
@@ -104,9 +135,20 @@ def test_a_run_that_has_ended_is_not_trained_on(values: dict[str, Any]) -> None:
 
 
 def test_labels_are_not_smoothed(values: dict[str, Any]) -> None:
+    message = r"label_smoothing_factor is 0\.1, but Trainer would compare"
+    arguments = TrainingArguments(values["output_dir"], label_smoothing_factor=0.1)
+    model = compose(values["anchor"], values["augmenting"])
+    with pytest.raises(ValueError, match=message):
+        ComposedTrainer(model, arguments)
     values["training"]["label_smoothing_factor"] = 0.1
-    with pytest.raises(ValueError, match=r"label_smoothing_factor is 0\.1, but Trainer would comp"):
-        train(values)
+    with pytest.raises(ValueError, match=message):  # before any model is loaded
+        prepare(Recipe.from_mapping(values))
+
+
+def test_a_setting_that_says_what_is_so_by_default_is_the_same(values: dict[str, Any]) -> None:
+    checkpoint = str(cut_back(values))
+    same = prepare(Recipe.from_mapping(values | {"output_dir": "other", "num_heads": 4}))
+    check_same(read_config(checkpoint), same.model.config, checkpoint)
 
 
 def test_a_checkpoint_without_the_optimizer_is_refused(values: dict[str, Any]) -> None:

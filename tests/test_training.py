@@ -397,7 +397,8 @@ def test_a_named_checkpoint_is_resumed(values: dict[str, Any]) -> None:
     train(values)
     named = str(Path(values["output_dir"], "checkpoint-8"))
     values["training"] |= {"resume_from_checkpoint": named}
-    assert prepare(Recipe.from_mapping(values)).checkpoint == named
+    with pytest.raises(ValueError, match="also holds checkpoint-12, which --resume would take"):
+        prepare(Recipe.from_mapping(values))
     # A run that was started from elsewhere goes on from its own.
     own = str(Path(values["output_dir"], "checkpoint-12"))
     with pytest.warns(UserWarning, match="the recipe differs in training"):
@@ -406,6 +407,9 @@ def test_a_named_checkpoint_is_resumed(values: dict[str, Any]) -> None:
     values["training"] |= {"resume_from_checkpoint": elsewhere}
     with pytest.raises(ValueError, match="already holds checkpoint-12; pass --resume"):
         prepare(Recipe.from_mapping(values))
+    shutil.rmtree(own)
+    values["training"] |= {"resume_from_checkpoint": named}
+    assert prepare(Recipe.from_mapping(values)).checkpoint == named
 
 
 def test_a_stopped_run_keeps_its_checkpoint_beside_the_best(

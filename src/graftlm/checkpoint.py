@@ -50,8 +50,12 @@ def write_checkpoint(
         generation_config: As the model has it now.
         tokenizer: The anchor's, or the processor with all of them, if it is at hand.
         num_parameters: Parameters of each part, for the model card.
+
+    Raises:
+        ValueError: If the folder holds a model of another kind.
     """
     folder = Path(folder)
+    check_replaceable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         new = Path(temporary) / "new"
@@ -76,6 +80,33 @@ def write_checkpoint(
             file.replace(place)
 
 
+def check_replaceable(folder: Path) -> None:
+    """Refuse to write bridges over a model that is not a composed one: a base, most likely.
+
+    Raises:
+        ValueError: If it holds one.
+    """
+    path = folder / CONFIG
+    if path.is_file() and (kind := model_type(path)) != "graftlm":
+        raise ValueError(
+            f"{folder} holds a model of type {kind!r}, which bridges would replace; choose another "
+            "folder"
+        )
+
+
+def model_type(path: Path) -> str | None:
+    """What kind of model a configuration is of, or None if it does not say.
+
+    Raises:
+        CheckpointMismatchError: If it is damaged.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointMismatchError(f"{path} is not valid JSON: {error}") from error
+    return content.get("model_type") if isinstance(content, dict) else None
+
+
 def file_hash(path: Path) -> str:
     """SHA-256 of a file."""
     with path.open("rb") as file:
@@ -89,16 +120,11 @@ def read_config(folder: str, **hub_options: Any) -> ComposedConfig:
         CheckpointMismatchError: If it is missing, damaged, of another kind or of a newer version.
     """
     path = find(folder, CONFIG, hub_options)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointMismatchError(f"{path} is not valid JSON: {error}") from error
-    kind = content.get("model_type") if isinstance(content, dict) else None
-    if kind != "graftlm":
+    if (kind := model_type(path)) != "graftlm":
         raise CheckpointMismatchError(
             f"{folder} holds a model of type {kind!r}, not a composed model; compose it first"
         )
-    config = ComposedConfig.from_dict(content)
+    config = ComposedConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
     config.name_or_path = folder
     return config
 

@@ -67,16 +67,15 @@ class Examples:
                 "but both parts need one at least"
             )
         parts: Any = self.dataset.train_test_split(test_size=held_out, seed=seed)
-        return self.of(parts["train"]), self.of(parts["test"])
-
-    def of(self, dataset: Dataset) -> "Examples":
-        """Some of them, counted anew."""
-        rows = dataset["labels"]
-        return replace(
-            self,
-            dataset=dataset,
-            num_tokens=sum(map(len, rows)),
-            num_labels=sum(map(count_labels, rows)),
+        rows = parts["test"]["labels"]
+        num_tokens, num_labels = sum(map(len, rows)), sum(map(count_labels, rows))
+        rest = {
+            "num_tokens": self.num_tokens - num_tokens,
+            "num_labels": self.num_labels - num_labels,
+        }
+        return (
+            replace(self, dataset=parts["train"], **rest),
+            replace(self, dataset=parts["test"], num_tokens=num_tokens, num_labels=num_labels),
         )
 
 

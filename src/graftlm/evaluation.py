@@ -18,6 +18,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
+from graftlm.bases import for_augmenting, reference
 from graftlm.checkpoint import read_config
 from graftlm.config import ComposedConfig
 from graftlm.tasks import FOLDER
@@ -76,6 +79,7 @@ def evaluate(
     from graftlm import harness
 
     config = read_config(os.fspath(folder))
+    name_bases(config, loading.get("anchor"), loading.get("augmenting"))
     parts = list(parts or harness.part_names(config))
     for part in parts:
         harness.check_part(config, part)
@@ -202,6 +206,15 @@ def seeds(seed: int | None) -> dict[str, int]:
 
 
 # ---- what was asked, and what is there already ----------------------------------------------
+
+
+def name_bases(config: ComposedConfig, anchor: Any, augmenting: Any) -> None:
+    """Have a configuration say where the bases are taken from, if not from where they were."""
+    given = for_augmenting(augmenting, list(config.augmenting_configs), "augmenting")
+    for name, base in {"anchor": anchor, **given}.items():
+        if base is not None:
+            place = reference(base) if isinstance(base, PreTrainedModel) else os.fspath(base)
+            config.bases.setdefault(name, {})["name_or_path"] = place
 
 
 def identity(config: ComposedConfig) -> str:

@@ -25,7 +25,8 @@ def starting_point(recipe: Recipe, *, resume: bool) -> str | None:
     """The checkpoint to start from, or None for the beginning.
 
     Raises:
-        ValueError: If the output folder holds a run that was not asked to be continued.
+        ValueError: If the output folder holds a run that was not asked to be continued, or what
+            that run did after the checkpoint to start from.
     """
     named = recipe.training.get("resume_from_checkpoint")
     found = last_checkpoint(Path(recipe.output_dir))
@@ -41,6 +42,11 @@ def starting_point(recipe: Recipe, *, resume: bool) -> str | None:
         if not is_complete(Path(named)):
             raise ValueError(
                 f"training.resume_from_checkpoint is {named!r}, which is no checkpoint"
+            )
+        if is_own and found is not None and found.name != Path(named).name:
+            raise ValueError(
+                f"{recipe.output_dir} also holds {found.name}, which --resume would take for what "
+                f"follows on {Path(named).name}; delete it, or choose another output folder"
             )
         return str(named)
     if not resume:

@@ -85,7 +85,7 @@ class SavesBridges(ComposedPreTrainedModel):
             kwargs: For `push_to_hub`.
 
         Raises:
-            ValueError: If pickles are asked for.
+            ValueError: If pickles are asked for, or the folder holds a model of another kind.
         """
         if not safe_serialization:
             raise ValueError("safe_serialization is False, but graftlm writes safetensors only")

@@ -9,6 +9,7 @@ Each log of a loss says how fast training went since the last one, and what memo
 
 import os
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from graftlm.bases import role_of
 from graftlm.causal_lm import ComposedForCausalLM
 from graftlm.checkpoint import PREFIX, bridge_weights, check_names, read_config, read_weights
 from graftlm.config import ComposedConfig
+from graftlm.decoder import num_heads, text_config
 from graftlm.errors import CheckpointMismatchError
 from graftlm.meter import Meter
 from graftlm.sharding import set_weight, whole_weight
@@ -60,6 +62,11 @@ class ComposedTrainer(Trainer):
         """The composed model inside whatever is trained."""
         inner: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         return inner
+
+    @property
+    def steps_here(self) -> int:
+        """Steps done since training began or was resumed."""
+        return self.state.global_step - self._initial_global_step
 
     def named_weights(self) -> dict[str, Tensor]:
         """The bridges' parameters by the names they have in files."""
@@ -213,13 +220,21 @@ def check_same(saved: ComposedConfig, config: ComposedConfig, folder: str) -> No
     """Refuse to go on from a checkpoint of another composition.
 
     Raises:
-        CheckpointMismatchError: If it has other connections, or the weights of a base model differ.
+        CheckpointMismatchError: If it has other connections or bridges, reads otherwise, or the
+            weights of a base model differ.
     """
     if saved.connections != config.connections:
         raise CheckpointMismatchError(
             f"{folder} has the connections {written(saved)}, but this run has {written(config)}; "
             "start anew in another output folder"
         )
+    ours = settings_of(config)
+    for name, there in settings_of(saved).items():
+        if there != ours[name]:
+            raise CheckpointMismatchError(
+                f"{folder} has {name} {there!r}, but this run has {ours[name]!r}; start anew in "
+                "another output folder"
+            )
     for name, base in config.bases.items():
         here = base.get("fingerprint") or {}
         there = saved.bases.get(name, {}).get("fingerprint") or {}
@@ -232,6 +247,13 @@ def check_same(saved: ComposedConfig, config: ComposedConfig, folder: str) -> No
                 f"{folder} was trained on another {role_of(name).removeprefix('the ')}: its "
                 "weights differ; start anew in another output folder"
             )
+
+
+def settings_of(config: ComposedConfig) -> dict[str, Any]:
+    """What changes how bridges compute; most of it shows in no weight."""
+    anchor = config.anchor_config
+    bridge = config.bridge.resolve(text_config(anchor).hidden_size, num_heads(anchor))
+    return {**asdict(bridge), "reads": config.reads, "alignments": config.alignments}
 
 
 def written(config: ComposedConfig) -> str:

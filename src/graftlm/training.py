@@ -20,7 +20,6 @@ from transformers import (
     AutoConfig,
     AutoTokenizer,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainingArguments,
     set_seed,
 )
@@ -29,6 +28,7 @@ from graftlm import gguf
 from graftlm._version import __version__
 from graftlm.caching import cache_states, is_whole
 from graftlm.causal_lm import ComposedForCausalLM
+from graftlm.checkpoint import check_replaceable
 from graftlm.config import ComposedConfig, spaced_connections
 from graftlm.data import Examples, contexts, fitting_length, load_examples
 from graftlm.loading import compose
@@ -165,21 +165,19 @@ class Training:
         is_mixed = self.arguments.bf16 or self.arguments.fp16
         return torch.autocast(self.arguments.device.type, dtype, enabled=is_mixed)
 
-    def final_metrics(self, trainer: Trainer) -> dict[str, float]:
-        """The last losses; evaluates once more unless that was done with these very weights."""
+    def final_metrics(self, trainer: ComposedTrainer) -> dict[str, float]:
+        """The losses of the steps done and of what is saved; evaluates that if it was not."""
         state = trainer.state
-        best = state.best_global_step if self.arguments.load_best_model_at_end else None
-        is_known = best in (None, state.global_step) and any(
-            "eval_loss" in entry and entry["step"] == state.global_step
-            for entry in state.log_history
-        )
-        if self.evaluation is not None and not is_known:
-            trainer.evaluate()
         metrics: dict[str, float] = {}
-        for entry in trainer.state.log_history:
-            wanted = ("train_loss", "train_runtime", "eval_loss")
-            metrics |= {name: entry[name] for name in wanted if name in entry}
-        if "eval_loss" in metrics:
+        if trainer.steps_here > 0:
+            for entry in state.log_history:
+                wanted = ("train_loss", "train_runtime")
+                metrics |= {name: entry[name] for name in wanted if name in entry}
+        if self.evaluation is not None:
+            best = state.best_global_step if self.arguments.load_best_model_at_end else None
+            saved = state.global_step if best is None else best
+            known = [e for e in state.log_history if "eval_loss" in e and e["step"] == saved]
+            metrics["eval_loss"] = (known[-1] if known else trainer.evaluate())["eval_loss"]
             metrics["eval_perplexity"] = math.exp(min(metrics["eval_loss"], 700.0))
         return metrics
 
@@ -221,6 +219,7 @@ def prepare(recipe: Recipe, *, resume: bool = False) -> Training:
         ValueError: If the recipe contradicts the models, the data or the output folder.
     """
     arguments = training_arguments(recipe)
+    check_replaceable(Path(recipe.output_dir))
     checkpoint = starting_point(recipe, resume=resume)
     return load(recipe, arguments, checkpoint)
 

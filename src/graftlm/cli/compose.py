@@ -17,21 +17,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_loading(parser)
 
 
-def check_untrained(folder: str) -> None:
-    """Refuse to replace bridges that have learned something.
+def check_output(folder: str) -> None:
+    """Refuse to replace bridges that have learned something, or a model of another kind.
 
     Raises:
         ValueError: If there are some.
     """
     from pathlib import Path
 
-    from safetensors.torch import load_file
+    from graftlm.checkpoint import CONFIG, check_replaceable, read_config, read_weights
 
-    from graftlm.checkpoint import WEIGHTS
-
-    if not (place := Path(folder, WEIGHTS)).is_file():
+    if not Path(folder, CONFIG).is_file():
         return
-    tensors = load_file(place)
+    check_replaceable(Path(folder))
+    tensors = read_weights(folder, read_config(folder))
     gates = [tensor for name, tensor in tensors.items() if name.endswith(".gate")]
     opened = gates or [t for name, t in tensors.items() if name.endswith(".cross_o.weight")]
     if any(bool(tensor.any()) for tensor in opened):
@@ -60,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         },
         "the command",
     )
-    check_untrained(args.output)
+    check_output(args.output)
     set_seed(args.seed)
     model = compose(recipe.anchor, recipe.augmenting, **recipe.compose_options())
     model.save_pretrained(args.output)

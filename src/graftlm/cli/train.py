@@ -179,7 +179,7 @@ def run(args: argparse.Namespace) -> int:
         return 128 + outcome.stopped_by
     losses = {name: f"{value:.4g}" for name, value in outcome.metrics.items() if "loss" in name}
     words = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in losses.items())
-    console.print(f"{outcome.step} steps done: {words}", markup=False)
+    console.print(f"{outcome.step} steps done" + (words and f": {words}"), markup=False)
     console.print(f"saved in {outcome.folder}", markup=False, soft_wrap=True)
     return 0
 

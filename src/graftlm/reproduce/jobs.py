@@ -139,11 +139,12 @@ def made(
         }
         try:
             for future in as_completed(futures):
-                if error := future.exception():
+                error = future.exception()
+                if error is not None and not isinstance(error, BrokenProcessPool):
                     job = jobs[futures[future]]
                     console.print(
-                        f"{job.name}, seed {job.seed}, failed ({error}); what runs now still ends "
-                        "and is kept",
+                        f"{job.name}, seed {job.seed}, failed ({error!r}); what runs now still "
+                        "ends and is kept",
                         markup=False,
                     )
                 yield futures[future], future.result()

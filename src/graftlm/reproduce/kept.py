@@ -13,7 +13,11 @@ from graftlm.reproduce.files import write_text
 from graftlm.reproduce.metrics import Answer
 
 FORMAT = 2  # of a kept outcome
-MODEL_FILES = ("*.safetensors", "config.json", "generation_config.json", "tokenizer*", "*.jinja")
+MODEL_FILES = (
+    *("*.safetensors", "config.json", "generation_config.json", "*.jinja"),
+    *("tokenizer*", "*.model", "vocab*", "merges.txt", "added_tokens.json"),
+    "special_tokens_map.json",
+)
 Answers = dict[str, dict[str, list[Answer]]]  # by test and group
 
 
@@ -121,7 +125,8 @@ def told(test: Test) -> list[Any]:
 def mark_of(path: Path) -> str:
     """The bytes of a model's weights, configuration and tokenizer."""
     digest = hashlib.sha256()
-    for file in sorted(file for kind in MODEL_FILES for file in path.glob(kind)):
+    files = {file for kind in MODEL_FILES for file in path.glob(kind) if file.is_file()}
+    for file in sorted(files):
         with file.open("rb") as opened:
             digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()

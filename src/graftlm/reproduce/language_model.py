@@ -152,8 +152,10 @@ def find_tokenizer(
         output: The folder it is kept in, under a name of its own.
     """
     folder = Path(output, f"tokenizer-{fingerprint(vocabulary, *texts)}")
+    if folder.exists():
+        return PreTrainedTokenizerFast.from_pretrained(folder)
     with alone(folder):
-        if not folder.exists():
+        if not folder.exists():  # another process made it meanwhile
             with unfinished(folder) as temporary:
                 train_tokenizer(texts, vocabulary).save_pretrained(temporary)
     return PreTrainedTokenizerFast.from_pretrained(folder)
@@ -329,8 +331,10 @@ def train_language_model(
     start = start_from and sha256(Path(start_from, "model.safetensors"))
     key = fingerprint(asdict(settings), seed, start, tokenizer.backend_tokenizer.to_str(), *texts)
     folder = Path(output, f"model-{key}")
+    if (folder / RECORD).exists():
+        return folder
     with alone(folder):
-        if (folder / RECORD).exists():
+        if (folder / RECORD).exists():  # another process made it meanwhile
             return folder
         rows = pack(texts, tokenizer, settings.row_length)
         steps = settings.steps(len(rows))

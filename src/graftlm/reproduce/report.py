@@ -74,7 +74,8 @@ def tables(results: Results) -> list[dict[str, Any]]:
         made.append(table(results, test, main, title, caption))
         if ablations:
             made.append(table(results, test, [OURS, *ablations], f"{title}: ablations", caption))
-        made.append(difference_table(results, test, title))
+        if len(results["systems"]) > 1:
+            made.append(difference_table(results, test, title))
     return made
 
 
