@@ -73,11 +73,31 @@ def test_sliding_anchor_layers_report_themselves():
 
 def test_tokens_of_a_recurrent_anchor_are_counted():
     """Mamba's cache does not count tokens, and asking it raises."""
-    model = open_bridges(compose(tiny("mamba"), tiny_llama()))
+    model = open_bridges(compose(tiny("mamba"), tiny_llama(), reads="prompt"))
     cache = model.model.compose_cache(DynamicCache(config=model.anchor.config))
     assert cache.get_seq_length() == 0
-    assert filled(model, token_ids(2, 7)).get_seq_length() == 7
+    cache = filled(model, token_ids(2, 7))
+    assert cache.get_seq_length() == 7
+    after(model, cache, token_ids(2, 3))  # no bridge reads them
+    assert cache.get_seq_length() == 10
+    cache.reset()
+    assert cache.get_seq_length() == 0
     assert ComposedCache.around(DynamicCache(), {}, {}, {}).get_seq_length() == 0
+
+
+def test_a_recurrent_anchor_that_recorded_its_past_takes_tokens_back():
+    model = open_bridges(compose(tiny("mamba"), tiny_llama()))
+    ids = token_ids(2, 9)
+    cache = model.model.compose_cache(DynamicCache(config=model.anchor.config))
+    cache.activate_past_recording()
+    with torch.no_grad():
+        model(ids[:, :8], past_key_values=cache)
+    cache.crop(-3)
+    assert cache.get_seq_length() == 5
+    assert {layer.get_seq_length() for layer in cache.bridges.layers} == {5}
+    expected = model(ids, use_cache=False).logits[:, 5:6]
+    # What transformers takes back of Mamba alone is as far off.
+    assert_close(after(model, cache, ids[:, 5:6]), expected, atol=1e-3, rtol=0)
 
 
 def test_a_cache_is_empty_until_it_holds_something():

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM
 
-from families import open_bridges
+from families import open_bridges, tiny
 from graftlm import (
     CheckpointMismatchError,
     ComposedForCausalLM,
@@ -195,6 +195,12 @@ def test_bases_that_were_not_checked_are_known_when_it_is_saved(saved, anchor, t
     model.save_pretrained(tmp_path / "again")
     again = ComposedForCausalLM.from_pretrained(tmp_path / "again")
     assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
+    other.lm_head.weight.data += 1
+    other.save_pretrained(tmp_path / "other")  # where it was
+    model = ComposedForCausalLM.from_pretrained(tmp_path / "again", check_bases=False)
+    model.save_pretrained(tmp_path / "again")
+    again = ComposedForCausalLM.from_pretrained(tmp_path / "again")
+    assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
 
 
 def test_how_it_generates_comes_back(model, tmp_path):
@@ -205,37 +211,54 @@ def test_how_it_generates_comes_back(model, tmp_path):
     (tmp_path / "seven" / "generation_config.json").unlink()  # then it is the anchor's
     loaded = ComposedForCausalLM.from_pretrained(tmp_path / "seven")
     assert loaded.generation_config.max_new_tokens is None
-    (tmp_path / "seven" / "generation_config.json").write_text("{")
-    with pytest.raises(CheckpointMismatchError, match=r"generation_config.json is not valid JSON"):
-        ComposedForCausalLM.from_pretrained(tmp_path / "seven")
+    for damaged in ("{", "[]", '{"max_new_tokens": -1}'):
+        (tmp_path / "seven" / "generation_config.json").write_text(damaged)
+        with pytest.raises(CheckpointMismatchError, match=r"generation_config.json cannot be used"):
+            ComposedForCausalLM.from_pretrained(tmp_path / "seven")
 
 
 CUSTOM = """
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import {config}, {model}
 
-class OwnConfig(LlamaConfig):
-    model_type = "own_llama"
+class OwnConfig({config}):
+    model_type = "{name}"
 
-class OwnForCausalLM(LlamaForCausalLM):
+    def to_dict(self):
+        return {{k: v for k, v in super().to_dict().items() if k != "tie_word_embeddings"}}
+
+class OwnForCausalLM({model}):
     config_class = OwnConfig
 """
 
 
-def test_a_model_with_code_of_its_own_comes_back_if_it_is_trusted(folders, tmp_path):
-    own = shutil.copytree(folders / "anchor", tmp_path / "own")
+@pytest.mark.parametrize(
+    ("family", "name", "config", "model"),
+    [
+        ("llama", "own_llama", "LlamaConfig", "LlamaForCausalLM"),
+        ("llama", "llama", "LlamaConfig", "LlamaForCausalLM"),  # transformers has one so called
+        ("gpt2", "own_gpt2", "GPT2Config", "GPT2LMHeadModel"),  # n_layer, not num_hidden_layers
+    ],
+)
+def test_a_model_with_code_of_its_own_comes_back_if_it_is_trusted(
+    family, name, config, model, folders, tmp_path
+):
+    own = tmp_path / "own"
+    tiny(family, vocab_size=VOCABULARY).save_pretrained(own)
     content = json.loads((own / "config.json").read_text())
     classes = {"AutoConfig": "OwnConfig", "AutoModelForCausalLM": "OwnForCausalLM"}
-    content |= {"model_type": "own_llama"}
-    content |= {"auto_map": {name: f"own_code.{kind}" for name, kind in classes.items()}}
+    content |= {"model_type": name, "of_its_own": 1}
+    content |= {"auto_map": {key: f"own_code.{kind}" for key, kind in classes.items()}}
     (own / "config.json").write_text(json.dumps(content))
-    (own / "own_code.py").write_text(CUSTOM)
-    model = compose(str(own), str(folders / "code"), trust_remote_code=True)
-    model.save_pretrained(tmp_path / "composed")
-    with pytest.raises(ValueError, match="trust_remote_code=True"):
+    (own / "own_code.py").write_text(CUSTOM.format(name=name, config=config, model=model))
+    composed = compose(str(own), str(folders / "code"), trust_remote_code=True)
+    composed.save_pretrained(tmp_path / "composed")
+    assert checkpoint.read_config(str(tmp_path / "composed")).to_dict()["anchor_config"]["own_code"]
+    message = "is not the model this" if name == family else "trust_remote_code=True"
+    with pytest.raises(ValueError, match=message):
         ComposedForCausalLM.from_pretrained(tmp_path / "composed")
     loaded = ComposedForCausalLM.from_pretrained(tmp_path / "composed", trust_remote_code=True)
     assert type(loaded.anchor).__name__ == "OwnForCausalLM"
-    assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
+    assert torch.equal(loaded(TOKENS).logits, composed(TOKENS).logits)
 
 
 def test_a_headless_augmenting_model_is_the_same_model(saved, augmenting, model):

@@ -279,6 +279,22 @@ def test_a_recurrent_anchor_is_counted_on_behind_the_prompt():
     assert_close(cached.logits, uncached.logits, **TOLERANCE)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call")
+@torch.no_grad()
+def test_a_recurrent_anchor_is_counted_in_compiled_code():
+    model, ids = composed("mamba", "llama", reads="prompt", position="rotary"), token_ids(1, 9)
+    compiled: Any = torch.compile(model, backend="eager", dynamic=False)
+    both = []
+    for run in (model, compiled):
+        output = run(input_ids=ids[:, :6], use_cache=True)
+        for place in range(6, 9):
+            piece, cache = ids[:, place : place + 1], output.past_key_values
+            output = run(input_ids=piece, past_key_values=cache, use_cache=True)
+        both.append(output.logits)
+    assert_close(*both, **TOLERANCE)
+
+
 def test_beams_over_a_prompt_equal_those_without_a_cache():
     model, batch = composed(reads="prompt"), left_padded([9, 5])
     options = {"num_beams": 3, "max_new_tokens": 7, "do_sample": False, "eos_token_id": None}

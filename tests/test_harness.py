@@ -150,6 +150,7 @@ def test_bos_is_put_before_if_asked_for(two):
     plain = GraftLM(two, tokenizer=copy.deepcopy(tokenizer)).tok_encode("fox")
     asked = GraftLM(two, tokenizer=tokenizer, add_bos_token=True).tok_encode("fox")
     assert asked == [tokenizer.bos_token_id, *plain]
+    assert tokenizer("fox", add_special_tokens=True)["input_ids"] == plain  # it is the caller's
 
 
 def test_parts_of_a_loaded_model_use_their_own_tokens(two):

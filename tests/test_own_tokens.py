@@ -526,6 +526,21 @@ def test_other_tokens_can_be_read_in_pieces() -> None:
     torch.testing.assert_close(pieces.logits, whole.logits, atol=5e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("only_new", [True, False])
+def test_other_tokens_can_be_read_behind_a_cache(only_new: bool) -> None:
+    model = open_pair()
+    ids = batch_of("The quick brown fox jumps")["input_ids"]
+    other = ids.flip(1) + 1
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    whole = model.generate(ids, read_ids=other, **options)
+    with torch.no_grad():
+        cache = model(ids[:, :6], read_ids=other[:, :6], use_cache=True).past_key_values
+    given = slice(6, None) if only_new else slice(None)
+    options |= {"past_key_values": cache, "attention_mask": torch.ones_like(ids)}
+    written = model.generate(ids[:, given], read_ids=other[:, given], **options)
+    assert torch.equal(written[:, -6:], whole[:, -6:])
+
+
 def test_a_prompt_has_ended_when_reading_goes_on_without_a_mask() -> None:
     model = open_pair(reads="prompt")
     ids = batch_of("The quick brown fox jumps")["input_ids"]

@@ -52,7 +52,7 @@ class ComposedCache(Cache):
         self.readings = readings
         self.bridges = bridges
         self.bridges_of = bridges_of
-        self.num_tokens = 0  # that the anchor has seen, for one whose layers do not count
+        self.num_tokens = 0  # that the anchor has seen, if its layers do not count
 
     @classmethod
     def around(
@@ -114,7 +114,7 @@ class ComposedCache(Cache):
         """
         before = self.get_seq_length()
         self.anchor.crop(tokens_to_remove)
-        self.num_tokens += tokens_to_remove
+        self.advance(tokens_to_remove)
         after = self.get_seq_length()
         shared: list[Any] = [
             self.bridges.layers[i] for name in self.augmenting for i in self.bridges_of[name]
@@ -166,16 +166,16 @@ class ComposedCache(Cache):
 
         A recurrent anchor does not count, so we do.
         """
-        if any(isinstance(layer, CacheLayerMixin) for layer in self.anchor.layers):
-            return self.anchor.get_seq_length(layer_idx)
-        shared: list[Any] = [
-            self.bridges.layers[i] for name in self.augmenting for i in self.bridges_of[name]
-        ]
-        return max([self.num_tokens, *(layer.get_seq_length() for layer in shared)])
+        return self.anchor.get_seq_length(layer_idx) if self.counts else self.num_tokens
+
+    @property
+    def counts(self) -> bool:
+        """Whether the anchor's layers count its tokens."""
+        return any(isinstance(layer, CacheLayerMixin) for layer in self.anchor.layers)
 
     def advance(self, number: int) -> None:
-        """Count the tokens of a pass; in compiled code, which could not, the bridges do."""
-        if not torch.compiler.is_compiling():
+        """Count the tokens of a pass, where nobody else does."""
+        if not self.counts:
             self.num_tokens += number
 
     def get_max_length(self, layer_idx: int | None = None) -> int:

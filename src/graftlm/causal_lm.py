@@ -368,10 +368,10 @@ class ComposedForCausalLM(SavesBridges, GenerationMixin):
             # They stand for the prompt; what is generated is read as it is.
             ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
             read = torch.cat([read_ids, ids[:, read_ids.shape[1] :]], dim=1)
-            # Not the last ones: a long prompt can come in pieces (prefill_chunk_size).
-            cache = inputs.get("past_key_values")
-            past = 0 if cache is None else int(cache.get_seq_length())
-            inputs["read_ids"] = read[:, past : past + inputs["input_ids"].shape[1]]
+            num_new, start = inputs["input_ids"].shape[1], ids.shape[1]
+            if read_ids.shape[1] > start:  # a piece of a long prompt (prefill_chunk_size)
+                start = num_new + int(inputs["past_key_values"].get_seq_length())
+            inputs["read_ids"] = read[:, start - num_new : start]
         return inputs
 
     def _prepare_cache_for_generation(  # pyrefly: ignore[bad-override]

@@ -161,8 +161,9 @@ def read_generation_config(folder: str, **hub_options: Any) -> GenerationConfig 
         return None
     try:
         return GenerationConfig.from_pretrained(os.path.dirname(path))
-    except OSError as error:
-        raise CheckpointMismatchError(f"{path} is not valid JSON; restore it") from error
+    except (OSError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointMismatchError(f"{path} cannot be used ({reason}); restore it") from error
 
 
 def find(folder: str, name: str, hub_options: Mapping[str, Any]) -> Path:

@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import math
 import re
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, Literal, Self, get_args
@@ -219,10 +220,12 @@ class ComposedConfig(PreTrainedConfig):
     def check_connections(self) -> None:
         """Refuse connections to models or layers that do not exist.
 
+        How many layers a model with code of its own has is known once it is loaded.
+
         Raises:
             ValueError: Naming the connection and what exists.
         """
-        anchor_layers = self.get_text_config().num_hidden_layers
+        anchor_layers = getattr(self.get_text_config(), "num_hidden_layers", math.inf)
         seen = set()
         for number, connection in enumerate(self.connections):
             if connection in seen:
@@ -235,11 +238,12 @@ class ComposedConfig(PreTrainedConfig):
                     f"there is only {names}"
                 )
             config = self.augmenting_configs[connection.augmenting].get_text_config(decoder=True)
-            if connection.augmenting_layer >= config.num_hidden_layers:
+            layers = getattr(config, "num_hidden_layers", math.inf)
+            if connection.augmenting_layer >= layers:
                 raise ValueError(
                     f"connection {number} reads augmenting layer {connection.augmenting_layer}, "
                     f"but {connection.augmenting!r} ({config.model_type}) has layers 0 to "
-                    f"{config.num_hidden_layers - 1}"
+                    f"{layers - 1}"
                 )
             if connection.anchor_layer >= anchor_layers:
                 raise ValueError(
@@ -300,9 +304,9 @@ class ComposedConfig(PreTrainedConfig):
         for name in typed:
             bare.__dict__[name] = None
         output = super(ComposedConfig, bare).to_dict()
-        output["anchor_config"] = self.anchor_config.to_dict() if self.anchor_config else None
+        output["anchor_config"] = as_dict(self.anchor_config) if self.anchor_config else None
         output["augmenting_configs"] = {
-            name: config.to_dict() for name, config in self.augmenting_configs.items()
+            name: as_dict(config) for name, config in self.augmenting_configs.items()
         }
         output["connections"] = [asdict(connection) for connection in self.connections]
         output["bridge"] = asdict(self.bridge)
@@ -313,15 +317,27 @@ class ComposedConfig(PreTrainedConfig):
         return {name: value for name, value in self.to_dict().items() if value is not None}
 
 
+class OwnCodeConfig(PreTrainedConfig):
+    """The settings of a model with code of its own, until that comes with the model."""
+
+
+def as_dict(config: PreTrainedConfig) -> dict[str, Any]:
+    """A configuration as plain data; whose class is the model's own code is marked."""
+    is_own = type(config).__module__.startswith("transformers_modules")
+    mark = {"own_code": True} if is_own or isinstance(config, OwnCodeConfig) else {}
+    return config.to_dict() | mark
+
+
 def as_config(config: Any) -> PreTrainedConfig | None:
     """A configuration object from one, or from its dictionary."""
     if not isinstance(config, dict):
         return config
     kind = config.get("model_type")
+    settings = {name: value for name, value in config.items() if name != "own_code"}
+    if "own_code" in config or (kind not in CONFIG_MAPPING and "auto_map" in config):
+        return type("OwnCodeConfig", (OwnCodeConfig,), {"model_type": kind})(**settings)
     if kind in CONFIG_MAPPING:
-        return AutoConfig.for_model(**config)
-    if "auto_map" in config:  # of a model with code of its own, which comes when it is loaded
-        return type("CustomConfig", (PreTrainedConfig,), {"model_type": kind})(**config)
+        return AutoConfig.for_model(**settings)
     raise CheckpointMismatchError(
         f"this transformers knows no model type {kind!r}, which the checkpoint was composed of; "
         "upgrade transformers"

@@ -219,7 +219,7 @@ class SavesBridges(ComposedPreTrainedModel):
             loaded[name] = load_base(base, role, **options, **at)
             if given.get(name) and reference(loaded[name]):
                 known |= {"name_or_path": reference(loaded[name]), "revision": None}
-            if given.get(name) and not check_bases:
+            if not check_bases:
                 known["fingerprint"] = None  # of another model, perhaps; taken anew when saving
             if check_bases:
                 was = config.anchor_config if is_anchor else config.augmenting_configs[name]
@@ -237,6 +237,7 @@ class SavesBridges(ComposedPreTrainedModel):
         anchor = loaded.pop("anchor")
         config.anchor_config = anchor.config
         config.augmenting_configs = {name: base.config for name, base in loaded.items()}
+        config.check_connections()  # now that all layers are known
         model = cls(config, anchor, loaded)
         check_names(tensors, model.model.bridges.state_dict(prefix=PREFIX), folder)
         model.model.bridges.to(next(iter(tensors.values())).dtype)
