@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from graftlm.chat import PLAIN_TEMPLATE, ROLES, ChatFormat, MessageFinder
@@ -223,10 +223,17 @@ DEEPSEEK = (
     "{% else %}{{ '<model>' + m['content'] + '</s>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<model>' }}{% endif %}"
 )
-# Its marks swallow the line break behind them.
+# What ends a question begins the answer.
+NEMO = (
+    "{{ '<s>' }}{% for m in messages %}{% if m['role'] == 'system' %}"
+    "{{ raise_exception('not here') }}{% elif m['role'] == 'user' %}"
+    "{{ '[INST]' + m['content'] + '[/INST]' }}{% else %}{{ m['content'] + '</s>' }}{% endif %}"
+    "{% endfor %}"
+)
+# Its marks swallow the line break behind them; a text that is not to go on has an end.
 PHI = (
     "{% for m in messages %}{{ '<' + m['role'] + '>\n' + m['content'] + '<end>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<assistant>\n' }}{% endif %}"
+    "{% if add_generation_prompt %}{{ '<assistant>\n' }}{% else %}{{ eos_token }}{% endif %}"
 )
 # The first message begins without the line break that ends the one before.
 OLMO = (
@@ -245,6 +252,7 @@ QWEN_3 = (
 FAMILIES = {
     "llama 2": LLAMA_2,
     "mistral": MISTRAL,
+    "nemo": NEMO,
     "gemma": GEMMA,
     "llama 3": LLAMA_3,
     "deepseek": DEEPSEEK,
@@ -311,6 +319,26 @@ def test_messages_are_written_as_every_family_writes_them(name: str) -> None:
     assert seen.rstrip(" ") == theirs.decode(wanted).removeprefix("<s>").rstrip(" ")
 
 
+def test_ends_are_those_of_characters_where_a_tokenizer_drops_some() -> None:
+    """Such as the spaces that no token has before a special one."""
+    core = Tokenizer.from_str(byte_tokenizer().backend_tokenizer.to_str())
+    core.normalizer = normalizers.Strip()
+    core.add_special_tokens([AddedToken(s, normalized=False) for s in SPECIAL])
+    theirs = PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", chat_template=FAMILIES["deepseek"]
+    )
+    ours = with_template(byte_tokenizer(), MARKED)
+    chat: Any = ours.apply_chat_template(
+        [{"role": "user", "content": "Where?   "}, *LONG[1:]], tokenize=True, return_dict=False
+    )
+    reader = TextReader(ours, theirs)
+    row = read_row(reader, None, chat, [True] * len(chat))
+    spelled = len("Where?   Over the dog.\n\nIt jumps.Why so?")
+    assert row.reading.num_chars == spelled
+    ends = [*row.ends, *(end for _, end in reader.unsettled(row.reading))]
+    assert ends[-1] == spelled
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_text_is_no_chat_of_any_family(name: str) -> None:
     """Where an answer begins with a space only, each word was an answer."""
@@ -339,29 +367,34 @@ def spelled(symbols: Symbols) -> str:
     return "".join(map(str, symbols))
 
 
+@pytest.mark.parametrize("name", ["gemma", "llama 2", "olmo", "deepseek", "nemo"])
 @pytest.mark.parametrize("scheme", ["first", "always", "never"])
-def test_spaces_behind_special_tokens_are_the_tokenizer_s_own(scheme: str) -> None:
+def test_spaces_behind_special_tokens_are_the_tokenizer_s_own(scheme: str, name: str) -> None:
     """Llama's in transformers 5 puts one before a text, and none behind its special tokens."""
     spec = json.loads(word_tokenizer().backend_tokenizer.to_str())
     spec["pre_tokenizer"]["prepend_scheme"] = scheme
     core = Tokenizer.from_str(json.dumps(spec))
-    core.add_special_tokens([AddedToken(s, normalized=False) for s in ("<turn>", "</turn>")])
+    special = [s for s in SPECIAL if not (name == "llama 2" and "INST" in s)]
+    core.add_special_tokens([AddedToken(s, normalized=False) for s in special])
     theirs = PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<s>", eos_token="</s>", chat_template=GEMMA
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", chat_template=FAMILIES[name]
     )
     ours = with_template(byte_tokenizer(), MARKED)
-    chat: Any = ours.apply_chat_template(LONG, tokenize=True, return_dict=False)
+    chat: Any = ours.apply_chat_template(
+        LONG, tokenize=True, return_dict=False, add_generation_prompt=name == "nemo"
+    )
     reader = TextReader(ours, theirs)
     row = read_row(reader, None, chat, [True] * len(chat))
     seen = [*row.ids, *(token for token, _ in reader.unsettled(row.reading))]
     assert seen == theirs.apply_chat_template(LONG, tokenize=True, return_dict=False)
 
 
-@pytest.mark.parametrize("name", ["gemma", "llama 2", "mistral"])
+@pytest.mark.parametrize("name", ["gemma", "llama 2", "mistral", "nemo"])
 def test_a_system_without_a_turn_of_its_own_is_a_user(name: str) -> None:
     system = [{"role": "system", "content": "Be kind."}, *LONG[:1]]
     theirs = family(name)
-    seen = seen_by(with_template(byte_tokenizer(), MARKED), theirs, system)
+    ours = with_template(byte_tokenizer(), MARKED)
+    seen = seen_by(ours, theirs, system, add_generation_prompt=name == "nemo")
     users = [{"role": "user", "content": "Be kind."}, *LONG[:1]]
     wanted = theirs.decode(theirs.apply_chat_template(users, tokenize=True, return_dict=False))
     assert seen == wanted.removeprefix("<s>")

@@ -35,6 +35,7 @@ class ChatFormat:
         headers: Before a message, by role.
         footers: Behind it.
         first: Before the user's message that opens a chat; BOS is no part of it.
+        writes_bos: Whether the template puts BOS before it, so that it does not begin the text.
         opening: Before an answer that is to be generated; may say more than the header, such as
             `<think>`.
     """
@@ -42,6 +43,7 @@ class ChatFormat:
     headers: Mapping[str, Symbols]
     footers: Mapping[str, Symbols]
     first: Symbols
+    writes_bos: bool
     opening: Symbols
 
     @classmethod
@@ -85,22 +87,26 @@ def learn(
         between, _ = cut(rest, again)
     except (TemplateError, ValueError, TypeError):
         return None  # no template for chats such as this one
-    if between[: len(ended)] != ended:  # the end of a text may be no part of its last message
+    if opened[: len(closed)] != closed:  # the end of a text may be no part of its last message
+        closed = without_end(closed, (eos,))
+    if between[: len(ended)] != ended:
         ended = without_end(ended, (eos,))
     starts = ((opened, closed), (answered, closed), (between, ended))
     if any(whole[: len(part)] != part for whole, part in starts):
         return None
     headers = {"user": between[len(ended) :], "assistant": answered[len(closed) :]}
     footers = {"user": closed, "assistant": ended}
+    if not headers["assistant"]:  # what ends a question begins the answer
+        headers["assistant"], footers["user"] = closed, ()
     if not is_mark(headers["user"]) or headers["user"] == headers["assistant"]:
         return None
-    if not is_mark(closed + headers["assistant"]) or not headers["assistant"]:
+    if not is_mark(footers["user"] + headers["assistant"]):
         return None
-    start = without_start(start, (bos,))
+    writes_bos, start = start[:1] == (bos,), without_start(start, (bos,))
     # A system prompt that nobody asked for may stand before the first message.
     first = start if ends_with(headers["user"], start) and is_mark(start) else headers["user"]
     # Some templates have no turn for a system message; what it says is then a user's.
-    headers["system"], footers["system"] = headers["user"], footers["user"]
+    headers["system"], footers["system"] = headers["user"], closed
     try:
         before, rest = cut(render({"role": "system", "content": again}, TURNS[0]), again)
         after, _ = cut(rest, user)
@@ -112,7 +118,13 @@ def learn(
     if behind is not None and before not in users:
         headers["system"] = system_header(before, first)
         footers["system"] = without_end(after, behind)
-    return ChatFormat(headers=headers, footers=footers, first=first, opening=opened[len(closed) :])
+    return ChatFormat(
+        headers=headers,
+        footers=footers,
+        first=first,
+        writes_bos=writes_bos,
+        opening=opened[len(closed) :],
+    )
 
 
 def system_header(before: Symbols, user: Symbols) -> Symbols:

@@ -101,7 +101,11 @@ class GraftLM(HFLM):
                     raise
             tokenizer = tokenizer_of(processor, self.composed_config, self.part)
         # A finished tokenizer is told here what others are told when they are loaded.
-        if options.get("add_bos_token") is not None and tokenizer and not isinstance(tokenizer, str):
+        if (
+            options.get("add_bos_token") is not None
+            and tokenizer
+            and not isinstance(tokenizer, str)
+        ):
             tokenizer = copy.deepcopy(tokenizer)
             tokenizer.add_bos_token = options["add_bos_token"]
         super()._create_tokenizer(pretrained, tokenizer, **options)

@@ -188,8 +188,10 @@ class TextReader(Reader):
             else:
                 if role:  # some templates end a user's message with the next one's header only
                     writing.add_markup(self.footer(role))
-                role = value
-                writing.add_markup(self.header(role, is_first=not writing.num_chars))
+                role, is_first = value, not writing.num_chars
+                if is_first and self.their_format is not None and self.their_format.writes_bos:
+                    writing.tail = self.stable.behind_special()
+                writing.add_markup(self.header(role, is_first=is_first))
         return Reading(
             previous=reading,
             num_tokens=reading.num_tokens + len(writing.ids),
