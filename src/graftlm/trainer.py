@@ -228,8 +228,8 @@ def check_same(saved: ComposedConfig, config: ComposedConfig, folder: str) -> No
             f"{folder} has the connections {written(saved)}, but this run has {written(config)}; "
             "start anew in another output folder"
         )
-    ours = settings_of(config)
-    for name, there in settings_of(saved).items():
+    ours = settings_of(config, config.anchor_config)
+    for name, there in settings_of(saved, config.anchor_config).items():
         if there != ours[name]:
             raise CheckpointMismatchError(
                 f"{folder} has {name} {there!r}, but this run has {ours[name]!r}; start anew in "
@@ -249,9 +249,12 @@ def check_same(saved: ComposedConfig, config: ComposedConfig, folder: str) -> No
             )
 
 
-def settings_of(config: ComposedConfig) -> dict[str, Any]:
-    """What changes how bridges compute; most of it shows in no weight."""
-    anchor = config.anchor_config
+def settings_of(config: ComposedConfig, anchor: Any) -> dict[str, Any]:
+    """What changes how bridges compute; most of it shows in no weight.
+
+    Args:
+        anchor: The configuration of the loaded anchor.
+    """
     bridge = config.bridge.resolve(text_config(anchor).hidden_size, num_heads(anchor))
     return {**asdict(bridge), "reads": config.reads, "alignments": config.alignments}
 
