@@ -717,7 +717,7 @@ def test_cache_computes_once_what_train_reads(
     before = part.stat().st_mtime_ns
     assert "2 steps done: " in output.of("train", *states)
     assert part.stat().st_mtime_ns == before
-    other = [*states, "--states-dtype", "float32"]
+    other = [*states, "--states-dtype", "float32", "--output", str(tmp_path / "other")]
     assert "something else: the precision changed" in output.of("train", *other, status=2)
 
 

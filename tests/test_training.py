@@ -393,6 +393,16 @@ def test_resuming_says_what_has_changed(values: dict[str, Any]) -> None:
         prepare(Recipe.from_mapping(values | {"seed": 3}), resume=True)
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_finished_run_without_checkpoints_is_not_replaced(
+    values: dict[str, Any], resume: bool
+) -> None:
+    values["training"] |= {"max_steps": 1, "save_strategy": "no"}
+    prepare(Recipe.from_mapping(values)).run()
+    with pytest.raises(ValueError, match="out holds a finished run and no checkpoint to go on fr"):
+        prepare(Recipe.from_mapping(values), resume=resume)
+
+
 def test_a_named_checkpoint_is_resumed(values: dict[str, Any]) -> None:
     train(values)
     named = str(Path(values["output_dir"], "checkpoint-8"))

@@ -25,11 +25,16 @@ def starting_point(recipe: Recipe, *, resume: bool) -> str | None:
     """The checkpoint to start from, or None for the beginning.
 
     Raises:
-        ValueError: If the output folder holds a run that was not asked to be continued, or what
-            that run did after the checkpoint to start from.
+        ValueError: If the output folder holds a run that was not asked to be continued, or cannot
+            be, or what that run did after the checkpoint to start from.
     """
     named = recipe.training.get("resume_from_checkpoint")
     found = last_checkpoint(Path(recipe.output_dir))
+    if found is None and read_record(recipe).get("state") == "finished":
+        raise ValueError(
+            f"{recipe.output_dir} holds a finished run and no checkpoint to go on from; choose "
+            "another output folder, or delete it first"
+        )
     is_own = (
         named is not None and Path(named).absolute().parent == Path(recipe.output_dir).absolute()
     )
@@ -87,13 +92,18 @@ def is_complete(checkpoint: Path) -> bool:
     return True
 
 
+def read_record(recipe: Recipe) -> dict[str, Any]:
+    """What the output folder says of its last run; nothing if there was none."""
+    try:
+        return json.loads(Path(recipe.output_dir, RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
 def warn_if_changed(recipe: Recipe) -> None:
     """Say in what the recipe differs from the one the checkpoint was made with."""
-    try:
-        record = json.loads(Path(recipe.output_dir, RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return
-    now, before = json.loads(json.dumps(recipe.to_json(), default=str)), record["recipe"]
+    now = json.loads(json.dumps(recipe.to_json(), default=str))
+    before = read_record(recipe).get("recipe", now)
     names = sorted((now.keys() | before) - WITHOUT_EFFECT)
     changed = [name for name in names if now.get(name) != before.get(name)]
     if changed:
