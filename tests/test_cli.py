@@ -160,6 +160,13 @@ def test_a_closed_pipe_is_no_error(
     assert capsys.readouterr().err == ""
 
 
+def test_nothing_is_told_of_kernels_that_a_machine_lacks(opened: str) -> None:
+    """Nor of what torch has renamed; torchao says both as soon as transformers finds it."""
+    words = [sys.executable, "-m", "graftlm", "generate", opened, "abc", "--max-new-tokens", "1"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+
+
 def test_verbose_leaves_the_logs_alone(opened: str, output: Output) -> None:
     from transformers.utils import logging
 

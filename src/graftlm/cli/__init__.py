@@ -6,6 +6,7 @@ before the arguments are known to be right, so `--help` and typing mistakes answ
 
 import argparse
 import importlib
+import logging
 import os
 import sys
 import warnings
@@ -28,6 +29,9 @@ VERBS = {
 }
 KNOWN_ERRORS = (ValueError, TypeError, OSError, ImportError)  # GraftlmErrors are among them
 WIDTH = 96
+# They tell of kernels and devices that a machine lacks, of what torch has renamed, and bitsandbytes
+# of every product of every layer that it casts to float16.
+TALKATIVE = ("torchao", "torch.utils._pytree", "DeepSpeed", "bitsandbytes")
 
 
 class Formatter(argparse.HelpFormatter):
@@ -131,15 +135,20 @@ def show_warning(message: Warning | str, *args: Any, **kwargs: Any) -> None:
     print(f"graftlm: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
+def is_error(record: logging.LogRecord) -> bool:
+    """Whether a library's log is of an error."""
+    return record.levelno >= logging.ERROR
+
+
 def quiet(verbose: bool) -> None:
     """Keep the libraries' logs and bars out of the way, unless asked for."""
     if verbose:
         return
+    for library in TALKATIVE:
+        logging.getLogger(library).addFilter(is_error)
     import datasets
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    # It tells of every product of every layer that it casts to float16.
-    logging.logging.getLogger("bitsandbytes").setLevel("ERROR")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
