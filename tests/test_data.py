@@ -193,6 +193,7 @@ def test_a_dataset_by_name_with_its_split(tmp_path: Path, monkeypatch: pytest.Mo
         load(f"{folder}::dev")
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # datasets 4.0
 def test_files_that_do_not_fit_together_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
