@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from graftlm import compose
 from graftlm.reproduce import language_model
+from graftlm.reproduce.files import alone
 from graftlm.reproduce.language_model import (
     bits_per_byte,
     cut,
@@ -162,10 +163,10 @@ def test_one_process_at_a_time_makes_a_folder(tmp_path, capsys) -> None:
     order = []
 
     def second() -> None:
-        with language_model.alone(tmp_path / "model"):
+        with alone(tmp_path / "model"):
             order.append("second")
 
-    with language_model.alone(tmp_path / "model"):
+    with alone(tmp_path / "model"):
         waiting = threading.Thread(target=second)
         waiting.start()
         told, end = "", time.monotonic() + 60

@@ -87,15 +87,15 @@ def check_replaceable(folder: Path) -> None:
         ValueError: If it holds one.
     """
     path = folder / CONFIG
-    if path.is_file() and (kind := model_type(path)) != "graftlm":
+    if path.is_file() and (kind := read_json(path).get("model_type")) != "graftlm":
         raise ValueError(
             f"{folder} holds a model of type {kind!r}, which bridges would replace; choose another "
             "folder"
         )
 
 
-def model_type(path: Path) -> str | None:
-    """What kind of model a configuration is of, or None if it does not say.
+def read_json(path: Path) -> dict[str, Any]:
+    """The settings in a file; none if it holds something else.
 
     Raises:
         CheckpointMismatchError: If it is damaged.
@@ -104,7 +104,7 @@ def model_type(path: Path) -> str | None:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointMismatchError(f"{path} is not valid JSON: {error}") from error
-    return content.get("model_type") if isinstance(content, dict) else None
+    return content if isinstance(content, dict) else {}
 
 
 def file_hash(path: Path) -> str:
@@ -120,11 +120,12 @@ def read_config(folder: str, **hub_options: Any) -> ComposedConfig:
         CheckpointMismatchError: If it is missing, damaged, of another kind or of a newer version.
     """
     path = find(folder, CONFIG, hub_options)
-    if (kind := model_type(path)) != "graftlm":
+    content = read_json(path)
+    if (kind := content.get("model_type")) != "graftlm":
         raise CheckpointMismatchError(
             f"{folder} holds a model of type {kind!r}, not a composed model; compose it first"
         )
-    config = ComposedConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    config = ComposedConfig.from_dict(content)
     config.name_or_path = folder
     return config
 

@@ -101,13 +101,10 @@ class GraftLM(HFLM):
                     raise
             tokenizer = tokenizer_of(processor, self.composed_config, self.part)
         # A finished tokenizer is told here what others are told when they are loaded.
-        if (
-            options.get("add_bos_token") is not None
-            and tokenizer
-            and not isinstance(tokenizer, str)
-        ):
+        adds_bos = options.get("add_bos_token")
+        if adds_bos is not None and tokenizer and not isinstance(tokenizer, str):
             tokenizer = copy.deepcopy(tokenizer)
-            tokenizer.add_bos_token = options["add_bos_token"]
+            tokenizer.add_bos_token = adds_bos
         super()._create_tokenizer(pretrained, tokenizer, **options)
 
     def _create_model(  # pyrefly: ignore[bad-override]

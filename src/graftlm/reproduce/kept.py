@@ -11,13 +11,9 @@ from graftlm.reproduce import cost
 from graftlm.reproduce.experiment import Experiment, Models, Test
 from graftlm.reproduce.files import write_text
 from graftlm.reproduce.metrics import Answer
+from graftlm.reproduce.own_models import FILES
 
 FORMAT = 2  # of a kept outcome
-MODEL_FILES = (
-    *("*.safetensors", "config.json", "generation_config.json", "*.jinja"),
-    *("tokenizer*", "*.model", "vocab*", "merges.txt", "added_tokens.json"),
-    "special_tokens_map.json",
-)
 Answers = dict[str, dict[str, list[Answer]]]  # by test and group
 
 
@@ -125,7 +121,7 @@ def told(test: Test) -> list[Any]:
 def mark_of(path: Path) -> str:
     """The bytes of a model's weights, configuration and tokenizer."""
     digest = hashlib.sha256()
-    files = {file for kind in MODEL_FILES for file in path.glob(kind) if file.is_file()}
+    files = {file for kind in FILES for file in path.glob(kind) if file.is_file()}
     for file in sorted(files):
         with file.open("rb") as opened:
             digest.update(hashlib.file_digest(opened, "sha256").digest())

@@ -12,16 +12,13 @@ import math
 import os
 import random
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from filelock import FileLock, Timeout
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
@@ -38,6 +35,7 @@ from transformers import (
 
 from graftlm import optimizer_state
 from graftlm.gguf import sha256
+from graftlm.reproduce.files import alone, unfinished
 from graftlm.reproduce.hardware import has_bf16, on_one_device
 from graftlm.reproduce.kv_training import Watch
 from graftlm.resuming import Interruption, last_checkpoint
@@ -159,33 +157,6 @@ def find_tokenizer(
             with unfinished(folder) as temporary:
                 train_tokenizer(texts, vocabulary).save_pretrained(temporary)
     return PreTrainedTokenizerFast.from_pretrained(folder)
-
-
-@contextmanager
-def unfinished(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which is then renamed; what was begun goes away if filling it fails."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
-        filled = Path(temporary, "filled")
-        filled.mkdir()
-        yield filled
-        filled.replace(folder)
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Let one process at a time make a folder; another one waits, and finds it made."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        Console(stderr=True).print(f"waiting for the process that makes {folder}", markup=False)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def fingerprint(*values: Any) -> str:
